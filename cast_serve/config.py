@@ -1,0 +1,142 @@
+"""CastConfig: what a checkpoint says about its 2:4 layers, as vLLM's QuantizationConfig."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional
+
+import torch
+from torch.nn import Module
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+
+from cast_serve.model_loaders.checkpoint import CONFIG
+from cast_serve.model_loaders.formats import (
+    COMPRESSED_TENSORS,
+    QUANT_METHOD,
+    SPARSITY,
+    Format,
+    Scheme,
+    recognise,
+)
+
+if TYPE_CHECKING:
+    from vllm.model_executor.models.utils import WeightsMapper
+
+logger = init_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One linear of the checkpoint inside a vLLM layer: `q_proj` of `qkv_proj`, say."""
+
+    name: str
+    sparse: bool
+
+
+class CastConfig(QuantizationConfig):
+    """The scheme of the checkpoint being served.
+
+    Made without arguments for `--quantization cast` on a checkpoint that declares nothing: then
+    every linear whose weight turns out to be 2:4 is sparse.
+    """
+
+    def __init__(self, scheme: Scheme | None = None) -> None:
+        super().__init__()
+        self.scheme = scheme or Scheme(format=Format.PLAIN)
+        # Where the weights lie, when that is a folder: errors then name the file.
+        self.folder: Path | None = None
+        self.warned_mixed = False
+
+    # vLLM types method names as a Literal of its own ones.
+    def get_name(self) -> str:  # type: ignore[override]
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80  # mma.sp: PTX ISA, "Matrix multiply-accumulate operation using sparse matrix A"
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        # Empty: vLLM then makes this class without arguments where config.json says nothing.
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "CastConfig":
+        """Read a `quantization_config`.
+
+        Raises:
+            CheckpointError: a format, version or sparsity that is not served.
+        """
+        return cls(recognise({"quantization_config": config}, Path(CONFIG)))
+
+    @classmethod
+    def override_quantization_method(  # type: ignore[override]
+        cls,
+        hf_quant_cfg: dict[str, Any],
+        user_quant: str | None,
+        hf_config: Any = None,
+    ) -> str | None:
+        """Take over 2:4 checkpoints of compressed-tensors, which vLLM itself refuses."""
+        if hf_quant_cfg.get("quant_method") != COMPRESSED_TENSORS:
+            return None
+        sparsity = hf_quant_cfg.get("sparsity_config") or {}
+        return QUANT_METHOD if sparsity.get("sparsity_structure") == SPARSITY else None
+
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: str | None = None
+    ) -> None:
+        folder = Path(model_name)
+        self.folder = folder if folder.is_dir() else None
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
+        """Rename what the checkpoint ignores to the names that vLLM's modules have."""
+        renamed = hf_to_vllm_mapper.apply_list(list(self.scheme.ignore))
+        self.scheme = replace(self.scheme, ignore=tuple(renamed))
+
+    def get_quant_method(self, layer: Module, prefix: str) -> Optional["QuantizeMethodBase"]:
+        """CastLinearMethod for a linear with a sparse part; vLLM's own method for all else."""
+        if not isinstance(layer, LinearBase):
+            return None
+        parts = self.parts(prefix)
+        if not any(part.sparse for part in parts):
+            return UnquantizedLinearMethod()
+        if not all(part.sparse for part in parts):
+            sparse, dense = (
+                ", ".join(part.name for part in parts if part.sparse is wanted)
+                for wanted in (True, False)
+            )
+            self.warn_mixed(prefix, sparse=sparse, dense=dense)
+        # linear.py needs this module's Part.
+        from cast_serve.linear import CastLinearMethod
+
+        return CastLinearMethod(self, prefix, parts)
+
+    def parts(self, prefix: str) -> tuple[Part, ...]:
+        """The checkpoint's linears that vLLM fuses into the layer `prefix`, in vLLM's order."""
+        parent, _, leaf = prefix.rpartition(".")
+        names = [
+            f"{parent}.{part}" if parent else part
+            for part in self.packed_modules_mapping.get(leaf, [leaf])
+        ]
+        return tuple(
+            Part(name=name, sparse=self.scheme.why_left_out(name) is None) for name in names
+        )
+
+    def warn_mixed(self, layer: str, *, sparse: str, dense: str) -> None:
+        """Say once that fused layers of which a part is dense run dense as a whole."""
+        if not self.warned_mixed:
+            self.warned_mixed = True
+            logger.warning(
+                "%s runs dense: %s is 2:4 and %s is not, and they run as one matrix. "
+                "So do other layers like it.",
+                layer,
+                sparse,
+                dense,
+            )

@@ -1,0 +1,248 @@
+"""CastLinearMethod: a vLLM linear layer read from a 2:4 checkpoint.
+
+While loading, a layer holds `compressed` [N, K/2] and `bitmask` uint8 [N, K/8] of its own
+tensor-parallel rank, whatever the checkpoint stores. Every name under which a checkpoint may store
+a part is an inlet of the layer: what arrives there is turned into values and bitmask and handed to
+vLLM's own loader for those two, so vLLM cuts fused and sharded layers and at most one dense layer
+exists at a time. A layer of which a part is dense holds `weight` [N, K] instead; packed parts are
+unpacked on arrival.
+"""
+
+from collections.abc import Callable
+from typing import NoReturn
+
+import torch
+from torch.nn import Module, Parameter
+from vllm.config import get_current_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import (
+    LinearMethodBase,
+    UnquantizedLinearMethod,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.parameter import ModelWeightParameter
+from vllm.platforms import current_platform
+
+from cast_serve.config import CastConfig, Part
+from cast_serve.kernels.packing import COLUMNS_PER_BYTE, PatternError, check_mask, pack, unpack
+from cast_serve.model_loaders.checkpoint import Checkpoint
+from cast_serve.model_loaders.formats import Format
+from cast_serve.model_loaders.layers import find_layers
+from cast_serve.model_loaders.stream import _prune_fold_pack as prune_fold_pack
+from cast_serve.model_loaders.stream import load_linear
+
+logger = init_logger(__name__)
+
+# vLLM names the part of a fused layer: "q", "k", "v", or its index; None is the whole layer.
+PartId = str | int | tuple[int, ...] | None
+
+_QKV = {"q": 0, "k": 1, "v": 2}
+
+# The names of a part's tensors on disk; those without a dtype have the model's.
+_INLETS = ("weight", "cast_scale", "compressed", "bitmask", "shape")
+_INLET_DTYPES = {"cast_scale": torch.float32, "bitmask": torch.uint8, "shape": torch.int64}
+
+# Columns 0 and 1 of every group: a bitmask for weights that were never read.
+_ANY_TWO = 0b0011_0011
+
+
+@register_weight_loader_v2_supported_method
+class CastLinearMethod(LinearMethodBase):
+    """Loads one (possibly fused) linear layer of a 2:4 checkpoint and runs it.
+
+    Once loaded, the layer is vLLM's own unquantized linear.
+    """
+
+    def __init__(self, config: CastConfig, prefix: str, parts: tuple[Part, ...]) -> None:
+        load_config = get_current_vllm_config().load_config
+        self.config = config
+        self.prefix = prefix
+        self.parts = parts
+        self.sparse = all(part.sparse for part in parts)
+        self.dense_linear = UnquantizedLinearMethod()
+        self.weights_are_dummies = load_config.load_format == "dummy"
+        # Tensors of a part that has not arrived whole, by inlet.
+        self.waiting: dict[PartId, dict[str, torch.Tensor]] = {}
+        self.missing = {part.name for part in parts}
+        self.finished = False
+        self.inlets: dict[str, ModelWeightParameter] = {}
+
+    def create_weights(
+        self,
+        layer: Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Callable[..., None],
+    ) -> None:
+        """Register what the layer holds while loading, and its inlets.
+
+        Raises:
+            ValueError: K is cut where no bitmask byte ends.
+        """
+        rows, columns = sum(output_partition_sizes), input_size_per_partition
+        if self.sparse and columns % COLUMNS_PER_BYTE:
+            if self.config.scheme.format is not Format.PLAIN:
+                raise ValueError(
+                    f"{self.prefix}: K={input_size} over {input_size // columns} ranks is "
+                    f"{columns} columns a rank, not a multiple of {COLUMNS_PER_BYTE}; "
+                    "use a smaller --tensor-parallel-size"
+                )
+            self.sparse = False
+        self.load_part = extra_weight_attrs["weight_loader"]
+        self.dtype = params_dtype
+        held = {"weight": columns}
+        if self.sparse:
+            held = {"compressed": columns // 2, "bitmask": columns // COLUMNS_PER_BYTE}
+        for name in _INLETS:
+            dtype = _INLET_DTYPES.get(name, params_dtype)
+            shape = (rows, held[name]) if name in held else (0,)
+            data = torch.zeros(shape, dtype=dtype)
+            self.device = data.device
+            parameter = ModelWeightParameter(
+                data=data, input_dim=1, output_dim=0, weight_loader=self._loader(name)
+            )
+            layer.register_parameter(name, parameter)
+            self.inlets[name] = parameter
+
+    def _loader(self, inlet: str) -> Callable[..., None]:
+        def receive(param: Parameter, loaded_weight: torch.Tensor, part_id: PartId = None) -> None:
+            self._receive(inlet, loaded_weight, part_id)
+
+        return receive
+
+    def process_weights_after_loading(self, layer: Module) -> None:
+        """Turn the layer into vLLM's own unquantized linear.
+
+        Raises:
+            ValueError: a part of the layer was not in the checkpoint.
+        """
+        if self.finished:
+            return
+        self.finished = True
+        # Training checkpoints may have no scales at all: then nothing followed the weight.
+        for part_id, waiting in list(self.waiting.items()):
+            if "weight" in waiting:
+                self._load(waiting, part_id)
+        if self.weights_are_dummies and self.sparse:
+            self.inlets["bitmask"].data.fill_(_ANY_TWO)
+        elif self.missing and not self.weights_are_dummies:
+            raise ValueError(
+                f"{', '.join(sorted(self.missing))}: not in the checkpoint, or not whole"
+            )
+        if self.sparse and not current_platform.is_cpu():
+            logger.warning_once("2:4 layers run dense: there is no 2:4 kernel for this device")
+        weight = (
+            unpack(self.inlets["compressed"].data, self.inlets["bitmask"].data)
+            if self.sparse
+            else self.inlets["weight"].data
+        )
+        for inlet in _INLETS:
+            delattr(layer, inlet)
+        self.inlets.clear()
+        layer.weight = Parameter(weight, requires_grad=False)
+        self.dense_linear.process_weights_after_loading(layer)
+
+    def apply(
+        self, layer: Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return self.dense_linear.apply(layer, x, bias)
+
+    def _receive(self, inlet: str, tensor: torch.Tensor, part_id: PartId) -> None:
+        """Keep `tensor` until its part of the layer is whole, then load the part."""
+        waiting = self.waiting.setdefault(part_id, {})
+        waiting[inlet] = tensor
+        if "compressed" in waiting:
+            whole = "bitmask" in waiting
+        elif self._is_declared_sparse(part_id, Format.TRAINING):
+            whole = "weight" in waiting and "cast_scale" in waiting
+        else:
+            whole = "weight" in waiting
+        if whole:
+            self._load(self.waiting.pop(part_id), part_id)
+
+    def _load(self, part: dict[str, torch.Tensor], part_id: PartId) -> None:
+        packed = self._packed(part, part_id)
+        if self.sparse and packed is None:
+            self._become_dense(part_id)
+        if packed is None:
+            self._pass_on(self.inlets["weight"], part["weight"], part_id)
+        elif self.sparse:
+            values, bitmask = packed
+            self._pass_on(self.inlets["compressed"], values, part_id)
+            self._pass_on(self.inlets["bitmask"], bitmask, part_id)
+        else:
+            self._pass_on(self.inlets["weight"], unpack(*packed), part_id)
+        self.missing -= {part.name for part in self._named(part_id)}
+
+    def _packed(
+        self, part: dict[str, torch.Tensor], part_id: PartId
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Values [N, K/2] and bitmask [N, K/8] of a whole part; None if the part is dense."""
+        stored = self.config.scheme.format
+        if "compressed" in part:
+            values, bitmask = part["compressed"], part["bitmask"]
+            if not check_mask(bitmask, limit=1).ok or not values.isfinite().all():
+                self._refuse(part_id, "damaged values or bitmask")
+            return values, bitmask
+        if not self._is_declared_sparse(part_id, stored) or stored is Format.CT_BITMASK:
+            return None
+        weight = part["weight"].to(self.device)
+        if not weight.isfinite().all():
+            self._refuse(part_id, "a weight is NaN or infinite")
+        if stored is Format.TRAINING:
+            scale = part.get("cast_scale")
+            return prune_fold_pack(weight, scale, self.dtype)
+        try:
+            return pack(weight)
+        except PatternError as error:
+            if stored is not Format.PLAIN:
+                self._refuse(part_id, str(error))
+            return None
+
+    def _become_dense(self, part_id: PartId) -> None:
+        """A part turned out dense: unpack what has been loaded of the others."""
+        others = [part.name for part in self.parts if part.name not in self.missing]
+        if others:
+            dense = ", ".join(part.name for part in self._named(part_id))
+            self.config.warn_mixed(self.prefix, sparse=", ".join(others), dense=dense)
+        self.sparse = False
+        # .data, not new parameters: the model's loader holds on to these.
+        self.inlets["weight"].data = unpack(
+            self.inlets["compressed"].data, self.inlets["bitmask"].data
+        )
+        self.inlets["compressed"].data = self.inlets["compressed"].data.new_empty(0)
+        self.inlets["bitmask"].data = self.inlets["bitmask"].data.new_empty(0)
+
+    def _pass_on(self, parameter: Parameter, tensor: torch.Tensor, part_id: PartId) -> None:
+        """Let vLLM cut this rank's piece of the part out of `tensor`, into its place."""
+        if part_id is None:
+            self.load_part(parameter, tensor)
+        else:
+            self.load_part(parameter, tensor, part_id)
+
+    def _refuse(self, part_id: PartId, reason: str) -> NoReturn:
+        """Raise the error of the checkpoint's own reader, which names file, row and column."""
+        names = {part.name for part in self._named(part_id)}
+        if self.config.folder is not None:
+            checkpoint = Checkpoint.open(self.config.folder)
+            layers = find_layers(checkpoint)
+            for linear in layers.linears:
+                if linear.name in names:
+                    load_linear(checkpoint, layers.scheme.format, linear)
+        raise ValueError(f"{', '.join(sorted(names))}: {reason}")
+
+    def _named(self, part_id: PartId) -> tuple[Part, ...]:
+        """The parts that vLLM calls `part_id`; all of them if the checkpoint stores them fused."""
+        if part_id is None or len(self.parts) == 1:
+            return self.parts
+        if isinstance(part_id, tuple):
+            return tuple(self.parts[index] for index in part_id)
+        return (self.parts[_QKV[part_id] if isinstance(part_id, str) else part_id],)
+
+    def _is_declared_sparse(self, part_id: PartId, stored: Format) -> bool:
+        return self.config.scheme.format is stored and all(
+            part.sparse for part in self._named(part_id)
+        )
