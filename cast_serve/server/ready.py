@@ -1,0 +1,72 @@
+"""Says when the server answers: prints one curl line that works as pasted."""
+
+import argparse
+import http.client
+import json
+import os
+import shlex
+import ssl
+import sys
+import threading
+import time
+
+POLL_SECONDS = 0.5
+
+
+def announce_when_ready(args: argparse.Namespace) -> None:
+    """Print the curl line of `args`' server once /health answers; returns at once.
+
+    A daemon thread polls, since vLLM has no hook after its socket is served.
+    """
+    if args.headless or args.uds:
+        return
+    threading.Thread(target=_announce, args=(args,), daemon=True, name="ready").start()
+
+
+def curl_line(args: argparse.Namespace) -> str:
+    """A shell line that completes a prompt on the server that `args` start."""
+    name = args.served_model_name[0] if args.served_model_name else args.model
+    body = {"model": name, "prompt": "It was a fine day, and", "max_tokens": 32}
+    host, port = address(args)
+    authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    # -k: the certificate need not name the address that the server is reached by here.
+    words = ["curl", "-sk"] if args.ssl_certfile else ["curl", "-s"]
+    words.append(f"{'https' if args.ssl_certfile else 'http'}://{authority}/v1/completions")
+    words += ["-H", "Content-Type: application/json", "-d", json.dumps(body)]
+    line = shlex.join(words)
+    if args.api_key or os.environ.get("VLLM_API_KEY"):
+        # Not the key itself: it would end up in logs.
+        line += ' -H "Authorization: Bearer $VLLM_API_KEY"'
+    return line
+
+
+def address(args: argparse.Namespace) -> tuple[str, int]:
+    """Host and port under which this machine reaches the server."""
+    any_host = {"": "localhost", "0.0.0.0": "localhost", "::": "::1"}
+    host = args.host or ""
+    return any_host.get(host, host), args.port
+
+
+def _announce(args: argparse.Namespace) -> None:
+    while not _is_healthy(args):
+        time.sleep(POLL_SECONDS)
+    print(f"\nReady. Try:\n\n  {curl_line(args)}\n", file=sys.stderr, flush=True)
+
+
+def _is_healthy(args: argparse.Namespace) -> bool:
+    host, port = address(args)
+    if args.ssl_certfile:
+        # The certificate is the server's own; only whether it answers matters here.
+        context = ssl._create_unverified_context()
+        connection: http.client.HTTPConnection = http.client.HTTPSConnection(
+            host, port, timeout=5, context=context
+        )
+    else:
+        connection = http.client.HTTPConnection(host, port, timeout=5)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()

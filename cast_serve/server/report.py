@@ -1,0 +1,63 @@
+"""The start-up report: what the headers of a checkpoint say will be served, and how."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from cast_serve.model_loaders.checkpoint import Checkpoint
+from cast_serve.model_loaders.formats import QUANT_METHOD
+from cast_serve.model_loaders.summary import Summary, summarise
+
+# The sparse layers of a CPU, and until a 2:4 kernel supports them of any other device.
+UNPACKED = "unpacked while loading, then run dense by vLLM"
+
+
+def report(model: str, quantization: str | None) -> None:
+    """Check the headers of the checkpoint `model` and print what will be served.
+
+    Reads no weights. A model that is not a folder is left to vLLM, which downloads it.
+
+    Args:
+        model: folder, or the name of a model on a hub.
+        quantization: the value of --quantization.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be served.
+    """
+    console = Console(stderr=True)
+    if not Path(model).exists() and not _looks_like_path(model):
+        console.print(f"{model} is no folder here: vLLM looks it up, and it is checked on loading.")
+        return
+    summary = summarise(Checkpoint.open(Path(model)))
+    console.print(_table(summary, quantization))
+
+
+def _looks_like_path(model: str) -> bool:
+    """A hub name is `name` or `owner/name`; anything else was meant as a folder."""
+    return model.startswith((".", "/", "~")) or model.count("/") > 1
+
+
+def _table(summary: Summary, quantization: str | None) -> Table:
+    rows = Table.grid(padding=(0, 2))
+    rows.add_row("cast-serve", escape(str(summary.path)))
+    rows.add_row("format", f"{summary.format}, {', '.join(summary.dtypes)}")
+    sparse, dense = len(summary.sparse), len(summary.dense)
+    if not summary.needs_flag:
+        rows.add_row("layers", f"{sparse} sparse, {dense} dense")
+        rows.add_row("weights", _bytes(summary.loaded_bytes, summary.dense_bytes))
+        rows.add_row("sparse layers", UNPACKED)
+    elif quantization == QUANT_METHOD:
+        rows.add_row("layers", f"{sparse} sparse if their weights are 2:4, {dense} dense")
+        rows.add_row("weights", f"at best {_bytes(summary.loaded_bytes, summary.dense_bytes)}")
+        rows.add_row("2:4 layers", UNPACKED)
+    else:
+        rows.add_row("layers", f"{sparse + dense} dense: config.json declares no 2:4 layers")
+        rows.add_row("", "if `cast-model check` finds them, add --quantization cast")
+    return rows
+
+
+def _bytes(stored: int, dense: int) -> str:
+    share = f" ({stored / dense:.1%})" if dense else ""
+    return f"{stored / 2**20:,.1f} MiB packed, {dense / 2**20:,.1f} MiB dense{share}"

@@ -1,0 +1,49 @@
+"""Engine process of the tests: a JSON line in names a checkpoint, an ANSWER line out completes it."""
+
+import gc
+import json
+import sys
+
+PROMPTS = [[5, 6, 7, 8], [300, 12, 44, 190, 77, 3, 3, 9, 10]]
+
+
+def answer(job: dict) -> dict:
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    adapter = job.pop("adapter", None)
+    options = {"enforce_eager": True, "max_model_len": 128, "distributed_executor_backend": "uni"}
+    llm = LLM(**{**options, **job})
+    try:
+        completions = llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in PROMPTS],
+            SamplingParams(temperature=0, max_tokens=12, logprobs=1, ignore_eos=True),
+            lora_request=LoRARequest("adapter", 1, adapter) if adapter else None,
+            use_tqdm=False,
+        )
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+    outputs = [completion.outputs[0] for completion in completions]
+    return {
+        "tokens": [list(output.token_ids) for output in outputs],
+        "logprobs": [
+            [step[token].logprob for step, token in zip(output.logprobs, output.token_ids)]
+            for output in outputs
+        ],
+    }
+
+
+def main() -> None:
+    for line in sys.stdin:
+        try:
+            result = answer(json.loads(line))
+        # The one boundary where any refusal of the engine is the answer.
+        except Exception as error:
+            result = {"error": f"{type(error).__name__}: {error}"}
+        print("ANSWER " + json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()
