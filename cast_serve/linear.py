@@ -28,8 +28,7 @@ from cast_serve.kernels.packing import COLUMNS_PER_BYTE, PatternError, check_mas
 from cast_serve.model_loaders.checkpoint import Checkpoint
 from cast_serve.model_loaders.formats import Format
 from cast_serve.model_loaders.layers import find_layers
-from cast_serve.model_loaders.stream import _prune_fold_pack as prune_fold_pack
-from cast_serve.model_loaders.stream import load_linear
+from cast_serve.model_loaders.stream import load_linear, prune_fold_pack
 
 logger = init_logger(__name__)
 

@@ -11,6 +11,7 @@ A group with fewer than two non-zeros still keeps two columns: its non-zeros, th
 zeros. `-0.0` is a zero and comes back as `+0.0`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -114,8 +115,8 @@ def pack(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         picked = groups.gather(1, columns_kept)
         # + 0.0 would turn -0.0 into 0.0 as well, but not in every dtype on every device.
         picked = torch.where(picked == 0, torch.zeros_like(picked), picked)
-        values[block] = picked.reshape(-1, columns // 2)
-        nibbles = kept_bits[code].reshape(-1, columns // COLUMNS_PER_BYTE, 2)
+        values[block] = picked.reshape(values[block].shape)
+        nibbles = kept_bits[code].reshape(*mask[block].shape, 2)
         mask[block] = nibbles[..., 0] | nibbles[..., 1] << 4
     return values, mask
 
@@ -139,7 +140,7 @@ def unpack(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         kept = torch.stack((first[code], second[code]), dim=1).long()
         groups = values.new_zeros(code.numel(), GROUP)
         groups.scatter_(1, kept, values[block].reshape(-1, KEPT))
-        weight[block] = groups.reshape(-1, columns)
+        weight[block] = groups.reshape(weight[block].shape)
     return weight
 
 
@@ -219,8 +220,14 @@ def _nibbles(mask: torch.Tensor) -> torch.Tensor:
     return torch.stack((mask & 0xF, mask >> 4), dim=-1).flatten().to(torch.int32)
 
 
-def _scan(rows: int, columns: int, faults, limit: int) -> Report:  # type: ignore[no-untyped-def]
-    groups_per_row, count, first = columns // GROUP, 0, []
+def _scan(
+    rows: int,
+    columns: int,
+    faults: Callable[[slice], tuple[torch.Tensor, torch.Tensor]],
+    limit: int,
+) -> Report:
+    groups_per_row, count = columns // GROUP, 0
+    first: list[Offender] = []
     for block in _row_blocks(rows, columns):
         faulty, groups = faults(block)
         where = faulty.nonzero().flatten()

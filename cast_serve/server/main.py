@@ -6,12 +6,15 @@ import socket
 import sys
 from pathlib import Path
 
+from cast_serve.server.interrupt import interrupt_only_this_process
+
 # What vLLM raises when an engine cannot start or an argument does not fit the model.
 ENGINE_ERRORS = (RuntimeError, ValueError, OSError, AssertionError, NotImplementedError)
 
 
 def main() -> None:
     """Console script. Exit status 0 after a clean stop, 1 on an error, 2 on wrong usage."""
+    interrupt_only_this_process()
     # As vLLM's own console script does: fork would copy a started accelerator runtime.
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     try:
@@ -54,7 +57,9 @@ def _serve(args: argparse.Namespace) -> int:
     from vllm.entrypoints.cli.serve import ServeSubcommand
 
     from cast_serve.server.ready import announce_when_ready
+    from cast_serve.server.shutdown import quiet_expected_exit
 
+    quiet_expected_exit()
     announce_when_ready(args)
     try:
         ServeSubcommand.cmd(args)

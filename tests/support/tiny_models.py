@@ -1,4 +1,4 @@
-"""Tiny random models with 2:4 weights, and the formats that the project reads but does not write."""
+"""Tiny random models with 2:4 weights, and the formats that are read but not written."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Engine process of the tests: a JSON line in names a checkpoint, an ANSWER line out completes it."""
+"""The engine process: a JSON line in names a checkpoint, an ANSWER line out completes prompts."""
 
 import gc
 import json
@@ -29,7 +29,10 @@ def answer(job: dict) -> dict:
     return {
         "tokens": [list(output.token_ids) for output in outputs],
         "logprobs": [
-            [step[token].logprob for step, token in zip(output.logprobs, output.token_ids)]
+            [
+                step[token].logprob
+                for step, token in zip(output.logprobs, output.token_ids, strict=True)
+            ]
             for output in outputs
         ],
     }

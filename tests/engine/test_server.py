@@ -1,0 +1,247 @@
+"""cast-serve as its users run it: a process, OpenAI's client, signals."""
+
+import argparse
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+from safetensors.torch import load_file, save_file
+
+from cast_serve.model_loaders.convert import convert
+from cast_serve.server.ready import curl_line
+
+pytestmark = pytest.mark.engine
+
+CAST_SERVE = str(Path(sys.executable).with_name("cast-serve"))
+ENVIRONMENT = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
+
+
+@pytest.fixture(scope="module")
+def packed(stored, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("server") / "packed"
+    convert(stored("llama"), folder, to="packed")
+    return folder
+
+
+class Server:
+    """A running cast-serve; `wait_ready` blocks until its curl line is printed."""
+
+    def __init__(self, model: Path, log: Path, *flags: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.log = log
+        with log.open("w") as errors:
+            self.process = subprocess.Popen(
+                [CAST_SERVE, "--model", str(model), "--port", str(self.port), *flags],
+                stdout=errors,
+                stderr=errors,
+                env=ENVIRONMENT,
+                start_new_session=True,
+            )
+
+    def wait_for(self, pattern: str, seconds: float = 180) -> str:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if found := re.search(pattern, self.log.read_text(), re.MULTILINE):
+                return found.group()
+            if self.process.poll() is not None:
+                break
+            time.sleep(0.2)
+        raise AssertionError(f"no {pattern!r} in:\n{self.log.read_text()[-5000:]}")
+
+    def wait_ready(self) -> str:
+        return self.wait_for(r"^  curl .*$").strip()
+
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none")
+
+    def stop(self, number: signal.Signals) -> int:
+        """Exit status after a signal: SIGTERM as from systemd, SIGINT as a terminal sends it."""
+        if number == signal.SIGINT:
+            os.killpg(self.process.pid, number)
+        else:
+            self.process.send_signal(number)
+        return self.process.wait(timeout=120)
+
+
+@pytest.fixture(scope="module")
+def server(packed, tmp_path_factory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("log") / "server"
+    # Eager: compiled code rounds differently from the eager engine that it is compared with.
+    flags = ("--max-model-len", "256", "--served-model-name", "tiny", "--enforce-eager")
+    running = Server(packed, log, *flags)
+    running.wait_ready()
+    yield running
+    # The last test stops it; this is for runs of single tests.
+    if running.process.poll() is None:
+        running.stop(signal.SIGTERM)
+
+
+def test_curl_line(server):
+    printed = subprocess.run(server.wait_ready(), shell=True, capture_output=True, check=True)
+    assert len(json.loads(printed.stdout)["choices"][0]["text"]) > 0
+
+
+def test_completion_tokens(server, oracle):
+    completion = server.client().completions.create(
+        model="tiny",
+        prompt=[[5, 6, 7, 8], [300, 12, 44, 190, 77, 3, 3, 9, 10]],
+        max_tokens=12,
+        temperature=0,
+        logprobs=1,
+        extra_body={"ignore_eos": True, "return_token_ids": True},
+    )
+    expected = oracle("llama")
+    assert [choice.token_ids for choice in completion.choices] == expected.tokens
+    for choice, logprobs in zip(completion.choices, expected.logprobs, strict=True):
+        assert choice.logprobs.token_logprobs == pytest.approx(logprobs, abs=1e-3)
+
+
+def test_chat(server):
+    chat = server.client().chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "it was"}], max_tokens=5
+    )
+    assert chat.usage.completion_tokens == 5
+    assert chat.choices[0].finish_reason == "length"
+
+
+def test_streaming_is_the_whole(server):
+    options = {"model": "tiny", "prompt": "it was", "max_tokens": 20, "temperature": 0}
+    whole = server.client().completions.create(**options).choices[0].text
+    chunks = list(server.client().completions.create(**options, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == whole
+    assert len(chunks) > 2
+
+
+def test_report(server):
+    report = server.log.read_text()
+    assert re.search(r"^format +packed, bfloat16 *$", report, re.MULTILINE)
+    assert re.search(r"^layers +14 sparse, 1 dense *$", report, re.MULTILINE)
+
+
+def test_sigterm_drains(server):
+    """Runs last: the stream in flight ends by itself, and so does the server."""
+    stream = server.client().completions.create(
+        model="tiny", prompt="it was", max_tokens=200, stream=True, extra_body={"ignore_eos": True}
+    )
+    chunks = [next(stream)]
+    reader = threading.Thread(target=lambda: chunks.extend(stream))
+    reader.start()
+    assert server.stop(signal.SIGTERM) == 0
+    reader.join(timeout=10)
+    assert chunks[-1].choices[0].finish_reason == "length"
+    assert "Traceback" not in server.log.read_text()
+
+
+@pytest.mark.parametrize("moment", ["^format ", "Initializing a V1 LLM engine"])
+def test_interrupted_start(packed, tmp_path, moment):
+    """Ctrl-C before the server is up."""
+    starting = Server(packed, tmp_path / "log")
+    starting.wait_for(moment)
+    assert starting.stop(signal.SIGINT) == 0
+    assert "Traceback" not in starting.log.read_text()
+
+
+def run(*flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [CAST_SERVE, *flags], capture_output=True, text=True, env=ENVIRONMENT, timeout=300
+    )
+
+
+def last_line(process: subprocess.CompletedProcess[str]) -> str:
+    return process.stderr.strip().splitlines()[-1]
+
+
+def test_check_only(packed):
+    checked = run("--model", str(packed), "--check-only")
+    assert checked.returncode == 0
+    assert "14 sparse, 1 dense" in checked.stderr
+    assert "Initializing" not in checked.stdout + checked.stderr
+
+
+def test_refuses_before_loading(packed, tmp_path):
+    convert(packed, tmp_path / "cut", to="packed")
+    file = tmp_path / "cut" / "model.safetensors"
+    os.truncate(file, file.stat().st_size - 100)
+    refused = run("--model", str(tmp_path / "cut"))
+    assert refused.returncode == 1
+    assert last_line(refused).startswith(f"cast-serve: {file}: ")
+    assert "Traceback" not in refused.stderr
+
+
+def test_bad_data_named_last(packed, tmp_path):
+    """What no header shows is found by the engine, and said in one line after its log."""
+    convert(packed, tmp_path / "nan", to="packed")
+    file = tmp_path / "nan" / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.0.mlp.up_proj.compressed"
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    failed = run("--model", str(tmp_path / "nan"), "--port", "0")
+    assert failed.returncode == 1
+    assert last_line(failed).startswith(f"cast-serve: {file}: {name}: nan at row 0, column ")
+
+
+def test_port_taken(packed):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        refused = run("--model", str(packed), "--host", "127.0.0.1", "--port", port)
+    assert refused.returncode == 1
+    assert last_line(refused) == (
+        f"cast-serve: cannot listen on 127.0.0.1:{port} (Address already in use); see --port"
+    )
+
+
+def test_broken_plugin(packed):
+    """vLLM alone would log the import error and die later of an unknown quantization method."""
+    program = (
+        "import sys; sys.modules['cast_serve.config'] = None;"
+        "from cast_serve.server.main import main; main()"
+    )
+    failed = subprocess.run(
+        [sys.executable, "-c", program, "--model", str(packed)],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    assert failed.returncode == 1
+    assert last_line(failed).startswith("cast-serve: the vLLM plugin cannot be imported: ")
+    assert "cast_serve.config" in last_line(failed)
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, "http://localhost:8000/v1/completions"),
+        ({"host": "::"}, "http://[::1]:8000/v1/completions"),
+        ({"host": "10.1.2.3", "port": 99}, "http://10.1.2.3:99/v1/completions"),
+        ({"ssl_certfile": "c.pem"}, "curl -sk https://localhost:8000/v1/completions"),
+        ({"api_key": ["secret"]}, '-H "Authorization: Bearer $VLLM_API_KEY"'),
+        ({"served_model_name": ["it's"]}, "it'\"'\"'s"),
+    ],
+)
+def test_curl_line_fits_flags(changed, expected):
+    flags = {
+        "host": None,
+        "port": 8000,
+        "ssl_certfile": None,
+        "api_key": None,
+        "served_model_name": None,
+        "model": "m",
+    }
+    line = curl_line(argparse.Namespace(**{**flags, **changed}))
+    assert expected in line
+    assert "secret" not in line
