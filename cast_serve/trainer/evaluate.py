@@ -1,0 +1,47 @@
+"""Perplexity over non-overlapping windows, each seen without the text before it.
+
+A window of `context` tokens predicts context-1 of them: the convention of the SparseGPT, Wanda and
+CAST tables. Always in eval mode; the model's mode is restored.
+"""
+
+import math
+
+import torch
+from transformers import PreTrainedModel
+
+from cast_serve.trainer.distill import distillation_loss
+
+
+def perplexity(
+    model: PreTrainedModel, tokens: torch.Tensor, context: int, *, batch_size: int = 8
+) -> float:
+    """exp of the mean loss of `tokens` (int [tokens]) in windows of `context`; the rest is dropped.
+
+    Raises:
+        ValueError: fewer tokens than one window.
+    """
+    count = len(tokens) // context
+    if not count:
+        raise ValueError(f"{len(tokens)} tokens are less than one window of {context}")
+    windows = tokens[: count * context].view(count, context)
+    return to_perplexity(mean_loss(model, windows, batch_size=batch_size))
+
+
+@torch.no_grad()
+def mean_loss(model: PreTrainedModel, windows: torch.Tensor, *, batch_size: int = 8) -> float:
+    """Mean cross-entropy, nats per predicted token, of `windows` int [count, context]."""
+    training = model.training
+    model.eval()
+    total = 0.0
+    for start in range(0, len(windows), batch_size):
+        ids = windows[start : start + batch_size].long().to(model.device)
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+        loss = distillation_loss(logits, None, ids[:, 1:].flatten(), eta=0.0)
+        total += loss.ce.item() * len(ids)
+    model.train(training)
+    return total / len(windows)
+
+
+def to_perplexity(loss: float) -> float:
+    """exp, with inf where a ruined model's loss overflows it."""
+    return math.exp(loss) if loss < 700 else math.inf

@@ -1,0 +1,164 @@
+"""Weight scaling (Eq. 11-12): linears of the decoder blocks learn a scale per row and block.
+
+    W_scaled[r, c] = A[r, c // (K/n)] * W[r, c],   y = x @ W_scaled.T
+
+A layer keeps its `weight` (nn.Linear [N, K], GPT-2's Conv1D [K, N]) and its `bias`, and gains
+`cast_scale` A [N, n], ones at the start: these are the names of the training checkpoint. The scale
+is applied to the weight and not to the output, so folding it is the very same multiplication.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from cast_serve.kernels.packing import COLUMNS_PER_BYTE
+from cast_serve.trainer.config import Pattern
+from cast_serve.trainer.errors import RunError
+from cast_serve.trainer.masks import weight_mask
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerChoice:
+    """A linear layer [rows, columns] of the model, and why it stays dense (None: sparsified)."""
+
+    name: str
+    rows: int
+    columns: int
+    dense_because: str | None = None
+
+    @property
+    def numel(self) -> int:
+        return self.rows * self.columns
+
+
+class ScaledLayer(nn.Module):
+    """What nn.Linear and Conv1D share once they have a scale; `input_dim` is K's dimension."""
+
+    input_dim: int
+    bias: nn.Parameter | None
+
+    def __init__(self, layer: nn.Linear | Conv1D, *, blocks: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(layer.weight)
+        self.register_parameter("bias", layer.bias)
+        rows = layer.weight.shape[1 - self.input_dim]
+        self.cast_scale = nn.Parameter(layer.weight.new_ones(rows, blocks))
+
+    def scaled_weight(self) -> torch.Tensor:
+        """A * W in the layout and dtype of the weight; one multiplication per entry."""
+        return scale_weight(self.weight, self.cast_scale, input_dim=self.input_dim)
+
+    @torch.no_grad()
+    def prune_and_fold_(self, pattern: Pattern) -> None:
+        """W <- (W * M) * A and A <- 1, in place: the weight that is served."""
+        mask = weight_mask(self.weight, pattern, input_dim=self.input_dim)
+        self.weight.masked_fill_(~mask, 0)
+        self.weight.copy_(self.scaled_weight())
+        self.cast_scale.fill_(1)
+
+
+class ScaledLinear(ScaledLayer):
+    """nn.Linear with `cast_scale`; weight [N, K]."""
+
+    input_dim = 1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x, self.scaled_weight(), self.bias)
+
+
+class ScaledConv1D(ScaledLayer):
+    """GPT-2's Conv1D with `cast_scale`; weight [K, N], so y = x @ W."""
+
+    input_dim = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x, self.scaled_weight().t(), self.bias)
+
+
+def scale_weight(weight: torch.Tensor, scale: torch.Tensor, *, input_dim: int) -> torch.Tensor:
+    """A * W (Eq. 11).
+
+    Args:
+        weight: [N, K] with input_dim 1, [K, N] with input_dim 0; K a multiple of n.
+        scale: A [N, n].
+    """
+    blocks = scale.shape[1]
+    if input_dim == 1:
+        return (weight.unflatten(1, (blocks, -1)) * scale.unsqueeze(2)).flatten(1)
+    return (weight.unflatten(0, (blocks, -1)) * scale.t().unsqueeze(1)).flatten(0, 1)
+
+
+def choose_layers(
+    model: PreTrainedModel, pattern: Pattern, *, scaling_blocks: int
+) -> list[LayerChoice]:
+    """Every linear layer of the model, in order, sparsified or with the reason why not.
+
+    Raises:
+        RunError: the model has no list of decoder blocks, or nothing can be sparsified.
+    """
+    prefix = _blocks_name(model) + "."
+    # Serving 2:4 needs K % 8 == 0, whatever form the output has.
+    multiple = COLUMNS_PER_BYTE if str(pattern) == "2:4" else pattern.group
+    choices = []
+    for name, module in model.named_modules():
+        # Subclasses are routers, adapters and quantized layers: their forward is not x @ W.T alone.
+        if type(module) not in (nn.Linear, Conv1D):
+            continue
+        transposed = type(module) is Conv1D
+        rows, columns = module.weight.t().shape if transposed else module.weight.shape
+        reason = None
+        if not name.startswith(prefix):
+            reason = "outside the decoder blocks"
+        elif columns % multiple:
+            reason = f"K={columns} is not a multiple of {multiple}"
+        elif columns % scaling_blocks:
+            reason = f"K={columns} is not a multiple of scaling_blocks={scaling_blocks}"
+        choices.append(LayerChoice(name=name, rows=rows, columns=columns, dense_because=reason))
+    if all(choice.dense_because for choice in choices):
+        reasons = sorted({c.dense_because for c in choices if c.dense_because}) or ["no linears"]
+        raise RunError(f"{type(model).__name__} has no layer to sparsify: {'; '.join(reasons)}")
+    return choices
+
+
+def add_scales(model: PreTrainedModel, choices: list[LayerChoice], *, scaling_blocks: int) -> None:
+    """Replace every chosen layer by its scaled form, which shares its storage; in place."""
+    for choice in choices:
+        if choice.dense_because is None:
+            layer = model.get_submodule(choice.name)
+            assert isinstance(layer, nn.Linear | Conv1D)
+            kind = ScaledConv1D if isinstance(layer, Conv1D) else ScaledLinear
+            model.set_submodule(choice.name, kind(layer, blocks=scaling_blocks))
+
+
+def scaled_layers(model: nn.Module) -> Iterator[tuple[str, ScaledLayer]]:
+    """(name, layer) of every sparsified layer."""
+    for name, module in model.named_modules():
+        if isinstance(module, ScaledLayer):
+            yield name, module
+
+
+def optimizer_groups(model: nn.Module) -> list[dict[str, object]]:
+    """Parameter groups for AdamS: sparsified weights by layout, and everything else."""
+    weights: dict[int, list[nn.Parameter]] = {}
+    for _, layer in scaled_layers(model):
+        weights.setdefault(layer.input_dim, []).append(layer.weight)
+    sparsified = {id(weight) for group in weights.values() for weight in group}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in sparsified]
+    groups: list[dict[str, object]] = [
+        {"params": group, "input_dim": input_dim} for input_dim, group in sorted(weights.items())
+    ]
+    return [*groups, {"params": rest, "input_dim": None}]
+
+
+def _blocks_name(model: PreTrainedModel) -> str:
+    """Name of the list of decoder blocks: the outermost ModuleList as long as the model is deep."""
+    depth = model.config.get_text_config().num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return name
+    raise RunError(f"{type(model).__name__} has no list of {depth} decoder blocks to sparsify")

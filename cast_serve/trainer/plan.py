@@ -1,0 +1,186 @@
+"""The plan of a run: what is sparsified, for how long, and whether weights travel far enough.
+
+Travel (method.md point 3): over a run the decay carries a masked weight by about
+sum_t lr_t * a_t. It must be a few times mean |masked w|, or the final prune removes weights that
+still matter.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from cast_serve.trainer.config import (
+    HIGHEST_DEFAULT_LR,
+    TRAVEL_ADVISED,
+    TRAVEL_REFUSED,
+    RunConfig,
+)
+from cast_serve.trainer.errors import RunError
+from cast_serve.trainer.layers import LayerChoice
+from cast_serve.trainer.masks import Progress, progress, weight_mask
+from cast_serve.trainer.schedule import Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything the dry run prints. Counts are of parameters, tokens and bytes."""
+
+    model_name: str
+    layers: tuple[LayerChoice, ...]
+    parameters: int
+    sparse_parameters: int
+    scales: int
+    context: int
+    train_blocks: int
+    eval_blocks: int
+    evaluated_on: str
+    steps: int
+    tokens_per_step: int
+    lr: float
+    lambda_: float | None
+    magnitudes: Progress
+    travel: float
+    memory: dict[str, int]
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.tokens_per_step
+
+    @property
+    def epochs(self) -> float:
+        return self.tokens / (self.train_blocks * self.context)
+
+    @property
+    def verdict(self) -> str:
+        """ "ok", "short" (warn) or "refused"."""
+        if self.travel < TRAVEL_REFUSED:
+            return "refused"
+        # A default rate is computed to reach the advised travel exactly, up to rounding.
+        return "short" if self.travel < TRAVEL_ADVISED * (1 - 1e-9) else "ok"
+
+
+def step_count(config: RunConfig, *, train_blocks: int, context: int) -> int:
+    """Optimizer steps of the budget; a part of a step is rounded up."""
+    per_step = config.batch_size * config.gradient_accumulation
+    if config.steps is not None:
+        return config.steps
+    if config.tokens is not None:
+        return math.ceil(config.tokens / (per_step * context))
+    epochs = 1.0 if config.epochs is None else config.epochs
+    return max(1, math.ceil(epochs * train_blocks / per_step))
+
+
+def make_plan(
+    config: RunConfig,
+    model: PreTrainedModel,
+    layers: list[LayerChoice],
+    *,
+    context: int,
+    train_blocks: int,
+    eval_blocks: int,
+    evaluated_on: str,
+    teacher_bytes: int,
+    lambda_: float | None,
+) -> Plan:
+    """The plan for `model`, dense and untouched, under `config`."""
+    schedule = Schedule(
+        steps=step_count(config, train_blocks=train_blocks, context=context),
+        warmup=config.warmup,
+        floor=config.lr_floor,
+    )
+    sparse = [choice for choice in layers if choice.dense_because is None]
+    magnitudes = progress(_masked_weights(model, sparse, config))
+    lr = config.lr if config.lr is not None else _default_lr(schedule, magnitudes.masked)
+    return Plan(
+        model_name=type(model).__name__,
+        layers=tuple(layers),
+        parameters=sum(p.numel() for p in model.parameters()),
+        sparse_parameters=sum(choice.numel for choice in sparse),
+        scales=sum(choice.rows * config.scaling_blocks for choice in sparse),
+        context=context,
+        train_blocks=train_blocks,
+        eval_blocks=eval_blocks,
+        evaluated_on=evaluated_on,
+        steps=schedule.steps,
+        tokens_per_step=config.batch_size * config.gradient_accumulation * context,
+        lr=lr,
+        lambda_=lambda_,
+        magnitudes=magnitudes,
+        travel=lr * schedule.reach() / magnitudes.masked if magnitudes.masked else math.inf,
+        memory=_memory(config, model, sparse, context=context, teacher_bytes=teacher_bytes),
+    )
+
+
+def check_travel(plan: Plan, *, allowed: bool) -> str | None:
+    """A warning to show, or None where weights travel far enough.
+
+    Raises:
+        RunError: the final prune would destroy the model, and `allowed` is not set.
+    """
+    if plan.verdict == "ok":
+        return None
+    found = (
+        f"travel {plan.travel:.2f}: the decay moves a masked weight by {plan.travel:.2f} times "
+        f"mean |masked w| = {plan.magnitudes.masked:.3g}"
+    )
+    remedy = f"train for more steps or raise lr above {plan.lr:.3g}"
+    if plan.verdict == "short":
+        return f"{found}; below {TRAVEL_ADVISED:g} the final prune costs quality; {remedy}"
+    if allowed:
+        return f"{found}; below {TRAVEL_REFUSED:g} the final prune destroys the model; {remedy}"
+    raise RunError(
+        f"{found}, and below {TRAVEL_REFUSED:g} the final prune destroys the model; "
+        f"{remedy}, or start all the same with --allow-short-travel"
+    )
+
+
+def _default_lr(schedule: Schedule, masked: float) -> float:
+    return min(HIGHEST_DEFAULT_LR, TRAVEL_ADVISED * masked / schedule.reach())
+
+
+def _masked_weights(
+    model: PreTrainedModel, sparse: list[LayerChoice], config: RunConfig
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    for choice in sparse:
+        weight = model.get_submodule(choice.name).weight
+        assert isinstance(weight, torch.Tensor)
+        input_dim = 1 if weight.shape == (choice.rows, choice.columns) else 0
+        yield weight, weight_mask(weight, config.nm, input_dim=input_dim)
+
+
+def _memory(
+    config: RunConfig,
+    model: PreTrainedModel,
+    sparse: list[LayerChoice],
+    *,
+    context: int,
+    teacher_bytes: int,
+) -> dict[str, int]:
+    """Bytes at the peak of a step, by part; activations are a rough upper estimate."""
+    total = sum(p.numel() for p in model.parameters())
+    total += sum(choice.rows * config.scaling_blocks for choice in sparse)
+    width = 2 if config.compute == "bf16" else 4
+    text = model.config.get_text_config()
+    tokens = config.batch_size * context
+    # 34 activations of the hidden size a layer (Korthikanti et al. 2022, without attention
+    # scores), or one with recomputation plus the layer at work.
+    kept = (
+        text.num_hidden_layers + 34
+        if config.gradient_checkpointing
+        else 34 * text.num_hidden_layers
+    )
+    sparse_count = sum(choice.numel for choice in sparse)
+    return {
+        "fp32 master weights": 4 * total,
+        "fp32 gradients": 4 * total,
+        "AdamS moments": 8 * total,
+        "masks": sparse_count,
+        "scaled weights for the backward pass": width * sparse_count,
+        "teacher": teacher_bytes,
+        # Student, teacher and the gradient.
+        "logits": (3 if config.eta else 2) * tokens * text.vocab_size * width,
+        "activations (rough)": kept * tokens * text.hidden_size * width,
+    }

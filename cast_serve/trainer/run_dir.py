@@ -1,0 +1,117 @@
+"""OUTPUT.run, the folder of a run in progress: what it is, and its last complete checkpoint.
+
+run.json         configuration, values fixed at the start, digest of the data
+checkpoint-N/    HF Trainer's checkpoint after step N; complete once it has this name
+.staging/        a checkpoint being written
+logs/            TensorBoard
+plots/           PNG, at the end
+"""
+
+import json
+import os
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cast_serve.trainer.config import RunConfig
+from cast_serve.trainer.errors import RunError
+
+STAGING = ".staging"
+_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fixed:
+    """Values that a run settles once and keeps when it is resumed."""
+
+    steps: int
+    context: int
+    lr: float
+    lambda_: float
+    data_sha256: str
+    # Loss of the untouched dense model on the evaluation blocks, nats per token.
+    dense_loss: float
+
+
+def check_folders(config: RunConfig) -> None:
+    """Refuse to overwrite a model or a run, and to resume what is not there.
+
+    Raises:
+        RunError: says which folder, and what to do.
+    """
+    output, run_dir = config.output, config.run_dir
+    if output.exists() and not output.is_dir():
+        raise RunError(f"output: {output} is a file; name a folder")
+    if config.resume:
+        if not (run_dir / "run.json").is_file():
+            raise RunError(f"resume: {run_dir} holds no run; leave --resume out to start one")
+        return
+    if output.is_dir() and any(output.iterdir()):
+        raise RunError(f"output: {output} is not empty; name another folder or remove it")
+    if run_dir.exists() and any(run_dir.iterdir()):
+        raise RunError(
+            f"output: {run_dir} holds an earlier run; continue it with --resume or remove it"
+        )
+
+
+def write_run(config: RunConfig, fixed: Fixed) -> None:
+    """Record a run before its first step.
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
+    record = {"format": _FORMAT, "config": config.identity(), "fixed": asdict(fixed)}
+    staging = config.run_dir / "run.json.part"
+    try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        staging.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        os.replace(staging, config.run_dir / "run.json")
+    except OSError as error:
+        raise RunError(f"output: cannot write {config.run_dir}: {error.strerror}") from error
+
+
+def read_run(config: RunConfig) -> Fixed:
+    """Values fixed by the run that `config` resumes.
+
+    Raises:
+        RunError: run.json is damaged, or the configuration is not the one that started the run.
+    """
+    path = config.run_dir / "run.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        before, fixed = record["config"], Fixed(**record["fixed"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"resume: {path} cannot be read: {error!r}") from error
+    now = config.identity()
+    changed = [
+        f"{key} was {_shown(before.get(key))}, is {_shown(now.get(key))}"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
+    ]
+    if changed:
+        raise RunError(
+            f"resume: the run was started with another configuration: {'; '.join(changed)}; "
+            "use the same, or start a new run with another --output"
+        )
+    return fixed
+
+
+def last_checkpoint(run_dir: Path) -> Path | None:
+    """The complete checkpoint with the most steps; None before the first."""
+    complete = checkpoints(run_dir)
+    return complete[-1] if complete else None
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """Complete checkpoints by step; one being written lies in .staging until its rename."""
+    found = []
+    for path in run_dir.glob("checkpoint-*"):
+        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        if match and path.is_dir():
+            found.append((int(match[1]), path))
+    return [path for _, path in sorted(found)]
+
+
+def _shown(value: Any) -> str:
+    return "the default" if value is None else json.dumps(value)

@@ -1,0 +1,50 @@
+"""How the rate and the decay move over a run, and how far weights can travel on them.
+
+Steps are t = 1..T as in the paper; the first update is t = 1.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Warm-up, then cosine to `floor` of the peak rate; the decay ramps linearly over the run."""
+
+    steps: int
+    warmup: float
+    floor: float
+
+    @property
+    def warmup_steps(self) -> int:
+        return round(self.warmup * self.steps)
+
+    def rate(self, t: int) -> float:
+        """lr_t as a share of the peak; 1/w at t = 1 of w warm-up steps, `floor` at t = T.
+
+        The first update of AdamS is 10 times the rate (method.md, trap 1), so the warm-up starts
+        at its first share and not at the peak.
+        """
+        if t <= self.warmup_steps:
+            return t / self.warmup_steps
+        span = max(1, self.steps - self.warmup_steps)
+        progress = min(1.0, (t - self.warmup_steps) / span)
+        return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def decay(self, t: int) -> float:
+        """a_t = t/T, the share of the decay in the update of a masked weight (Eq. 7)."""
+        return decay_share(t, self.steps)
+
+    def reach(self) -> float:
+        """sum_t rate_t * a_t: how far the decay carries a weight at a peak rate of 1."""
+        return math.fsum(self.rate(t) * self.decay(t) for t in range(1, self.steps + 1))
+
+    def factor(self) -> Callable[[int], float]:
+        """The rate for torch's LambdaLR, which counts updates from 0."""
+        return lambda done: self.rate(done + 1)
+
+
+def decay_share(t: int, steps: int) -> float:
+    """a_t = t/T, held at 1 beyond the last step."""
+    return min(1.0, t / steps)

@@ -1,0 +1,114 @@
+"""The dense checkpoint a run starts from: model, tokenizer, and the files a copy of it needs."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from cast_serve.trainer.config import DEFAULT_CONTEXT
+from cast_serve.trainer.errors import RunError
+
+_COMPANIONS = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "generation_config.json",
+    "*.model",
+    "*.tiktoken",
+    "LICENSE*",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A loaded dense checkpoint.
+
+    Attributes:
+        model: fp32 master weights, whatever the files hold.
+        dtype: floating dtype of the files, which an export with dtype=auto gets.
+    """
+
+    folder: Path
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    dtype: torch.dtype
+
+
+def load_source(folder: Path) -> Source:
+    """Load a local Hugging Face causal language model.
+
+    Raises:
+        RunError: no such folder, no config, already quantized or sparse, damaged or unknown.
+    """
+    config = read_config(folder)
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise RunError(
+            f"model: {folder} is quantized or sparse already (quant_method {method}); "
+            "give the dense checkpoint it was made from"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # dtype="auto" reads the files' own, which from_pretrained(dtype=float32) would hide.
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise RunError(f"model: cannot load {folder}: {reason}") from error
+    dtype = model.dtype
+    return Source(folder=folder, model=model.float(), tokenizer=tokenizer, dtype=dtype)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a checkpoint as it is on disk.
+
+    Raises:
+        RunError: it is missing or not a JSON object.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise RunError(
+            f"model: {folder} holds no config.json; give a local Hugging Face checkpoint folder"
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"model: {path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise RunError(f"model: {path} must hold a JSON object")
+    return config
+
+
+def context_length(model: PreTrainedModel, asked: int | None) -> int:
+    """Tokens per sequence: what was asked, or 1024, within the model's positions.
+
+    Raises:
+        RunError: more than the model has positions for.
+    """
+    # OPT and others without a limit in their config take any length.
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if asked is None:
+        return min(DEFAULT_CONTEXT, limit or DEFAULT_CONTEXT)
+    if limit is not None and asked > limit:
+        raise RunError(f"context: {asked} is more than the model's {limit} positions")
+    return asked
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy tokenizer, generation defaults, chat template and licence; not weights nor config."""
+    for pattern in _COMPANIONS:
+        for path in sorted(source.glob(pattern)):
+            if path.is_file() and path.suffix != ".safetensors":
+                shutil.copyfile(path, target / path.name)

@@ -1,0 +1,305 @@
+"""Whole runs of tiny models: determinism, what is written, what is refused."""
+
+import json
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cast_serve.kernels.packing import check, unpack
+from cast_serve.kernels.pattern import nm_mask
+from cast_serve.trainer import train
+from cast_serve.trainer.calibrate import measure_lambda
+from cast_serve.trainer.data import BlockStream
+from cast_serve.trainer.errors import RunError
+from cast_serve.trainer.evaluate import perplexity
+from cast_serve.trainer.layers import add_scales, choose_layers
+from cast_serve.trainer.source import load_source
+
+QUIET = Console(quiet=True)
+PROJECTION = "model.layers.1.mlp.down_proj"
+
+
+def run(config):
+    train.run(config, QUIET)
+    return load_file(config.output / "model.safetensors")
+
+
+def folded(training, name, *, kept=2, group=4):
+    """What a layer of a training checkpoint is served as, in fp32."""
+    weight, scale = training[f"{name}.weight"], training[f"{name}.cast_scale"]
+    pruned = weight * nm_mask(weight, kept=kept, group=group)
+    return pruned * scale.repeat_interleave(weight.shape[1] // scale.shape[1], dim=1)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, llama_dir, text_file):
+    """(config, weights) of one short run exported in training form."""
+    from cast_serve.trainer.config import RunConfig
+
+    config = RunConfig(
+        model=llama_dir,
+        data=(text_file,),
+        output=tmp_path_factory.mktemp("trained") / "out",
+        steps=12,
+        context=32,
+        batch_size=4,
+        lr=2e-3,
+        lambda_=1e-4,
+        device="cpu",
+        export="training",
+        allow_short_travel=True,
+        log_steps=2,
+    )
+    return config, run(config)
+
+
+def test_same_seed_same_bits(trained, make_config):
+    _, first = trained
+    second = run(make_config(allow_short_travel=True))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_other_seed_other_weights(trained, make_config):
+    _, first = trained
+    other = run(make_config(allow_short_travel=True, seed=1))
+    assert not torch.equal(first[f"{PROJECTION}.weight"], other[f"{PROJECTION}.weight"])
+
+
+def test_training_form(trained, llama_dir):
+    config, weights = trained
+    stock = load_file(llama_dir / "model.safetensors")
+    assert {name for name in weights if not name.endswith(".cast_scale")} == set(stock)
+    scale = weights[f"{PROJECTION}.cast_scale"]
+    assert scale.shape == (32, 2)
+    assert not torch.equal(scale, torch.ones_like(scale))
+    assert weights[f"{PROJECTION}.weight"].dtype == torch.float32
+    written = json.loads((config.output / "config.json").read_text())
+    assert written.pop("quantization_config") == {
+        "quant_method": "cast",
+        "format": "training",
+        "sparsity": "2:4",
+        "ignore": ["lm_head"],
+        "version": 1,
+    }
+    assert written == json.loads((llama_dir / "config.json").read_text()) | {"dtype": "float32"}
+    AutoTokenizer.from_pretrained(config.output)
+
+
+def test_provenance(trained):
+    config, _ = trained
+    record = json.loads((config.output / "cast.json").read_text())
+    assert record["teacher"] == "llama"
+    assert record["tokens"] == 12 * 4 * 32
+    assert record["lambda"] == 1e-4
+    assert record["evaluation"]["perplexity_after_prune"] > 1
+    assert str(config.model.parent) not in json.dumps(record)
+
+
+def test_logs_and_plots(trained):
+    config, _ = trained
+    state = json.loads((config.run_dir / "checkpoint-12/trainer_state.json").read_text())
+    entry = next(e for e in state["log_history"] if e["step"] == 12)
+    assert entry["loss"] == pytest.approx(entry["kl"] / 3 + entry["ce"] * 2 / 3, rel=1e-4)
+    assert entry["masked_magnitude"] < entry["kept_magnitude"]
+    assert 0 < entry["sparse_weight_ratio"] < 1
+    assert 0 <= entry["mask_flips"] < 1
+    plots = {path.name: path.read_bytes()[:4] for path in (config.run_dir / "plots").iterdir()}
+    names = ("loss", "magnitudes", "mask_flips", "sparse_weight_ratio")
+    assert plots == {f"{name}.png": b"\x89PNG" for name in names}
+    assert any((config.run_dir / "logs").glob("events.out.tfevents.*"))
+
+
+def test_export_packed(trained, make_config):
+    _, training = trained
+    packed = run(make_config(allow_short_travel=True, export="packed", dtype="float32"))
+    found = unpack(packed[f"{PROJECTION}.compressed"], packed[f"{PROJECTION}.bitmask"])
+    assert torch.equal(found, folded(training, PROJECTION))
+
+
+def test_export_dense_has_the_dtype_of_the_model(trained, make_config):
+    _, training = trained
+    config = make_config(allow_short_travel=True, export="dense")
+    dense = run(config)[f"{PROJECTION}.weight"]
+    assert torch.equal(dense, folded(training, PROJECTION).to(torch.bfloat16))
+    assert check(dense).ok
+
+
+def test_export_other_pattern_is_a_stock_checkpoint(make_config):
+    config = make_config(allow_short_travel=True, pattern="1:4", export="packed")
+    run(config)
+    model = AutoModelForCausalLM.from_pretrained(config.output)
+    weight = model.get_submodule(PROJECTION).weight
+    assert ((weight.reshape(-1, 4) != 0).sum(1) <= 1).all()
+    assert (weight != 0).any()
+    assert model.dtype == torch.bfloat16
+    assert json.loads((config.output / "cast.json").read_text())["sparsity"] == "1:4"
+
+
+def test_export_gpt2_keeps_the_layout_in_training_and_packs_outputs_by_inputs(
+    make_config, gpt2_dir, tmp_path
+):
+    changes = {"model": gpt2_dir, "allow_short_travel": True, "steps": 4}
+    training = run(make_config(**changes))
+    name = "transformer.h.0.mlp.c_fc"
+    assert training[f"{name}.weight"].shape == (32, 128)
+    assert training[f"{name}.cast_scale"].shape == (128, 2)
+    packed = run(make_config(**changes, export="packed", output=tmp_path / "packed"))
+    found = unpack(packed[f"{name}.compressed"], packed[f"{name}.bitmask"])
+    by_outputs = training | {f"{name}.weight": training[f"{name}.weight"].t().contiguous()}
+    assert torch.equal(found, folded(by_outputs, name))
+
+
+def test_measure_lambda_is_the_rms_gradient(make_config, tiny_models):
+    config = make_config(clip=0.0, eta=0.25, batch_size=2)
+    model = tiny_models["llama"]()
+    stream = BlockStream(torch.randint(257, (40, 32), dtype=torch.int32), length=40, seed=0)
+    squares = []
+    for step in range(8):
+        ids = torch.stack([stream[2 * step + i]["input_ids"] for i in range(2)])
+        model.zero_grad()
+        (0.75 * model(input_ids=ids, labels=ids).loss).backward()
+        weights = [p for name, p in model.named_parameters() if name.endswith("_proj.weight")]
+        squares.append(torch.cat([p.grad.flatten() for p in weights]).square().mean())
+    expected = torch.stack(squares).mean().sqrt().item()
+    model.zero_grad()
+    layers = choose_layers(model, config.nm, scaling_blocks=2)
+    add_scales(model, layers, scaling_blocks=2)
+    assert measure_lambda(model, stream, config) == pytest.approx(expected, rel=1e-4)
+    clipped = measure_lambda(model, stream, make_config(clip=1e-3, eta=0.25, batch_size=2))
+    assert clipped < expected / 100
+
+
+def test_lambda_is_measured_and_kept(make_config):
+    config = make_config(allow_short_travel=True, lambda_=None, steps=2)
+    run(config)
+    fixed = json.loads((config.run_dir / "run.json").read_text())["fixed"]
+    assert 1e-6 < fixed["lambda_"] < 1e-1
+    assert json.loads((config.output / "cast.json").read_text())["lambda"] == fixed["lambda_"]
+
+
+def test_bf16_compute_keeps_fp32_master_weights(trained, make_config):
+    _, exact = trained
+    weights = run(make_config(allow_short_travel=True, compute="bf16"))
+    weight = weights[f"{PROJECTION}.weight"]
+    assert not torch.equal(weight, weight.bfloat16().float())
+    # The same run up to the rounding of its arithmetic.
+    moved = exact[f"{PROJECTION}.weight"]
+    assert not torch.equal(weight, moved)
+    assert torch.nn.functional.cosine_similarity(weight.flatten(), moved.flatten(), dim=0) > 0.99
+
+
+def test_gradient_checkpointing_changes_nothing(trained, make_config):
+    _, exact = trained
+    weights = run(make_config(allow_short_travel=True, gradient_checkpointing=True))
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, exact[name])
+
+
+def test_gradient_accumulation_is_a_larger_batch(trained, make_config):
+    _, exact = trained
+    weights = run(make_config(allow_short_travel=True, batch_size=2, gradient_accumulation=2))
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, exact[name], rtol=1e-3, atol=1e-4)
+
+
+def test_eta_zero_has_no_teacher(make_config, monkeypatch):
+    def fail(*_):
+        raise AssertionError("a teacher was made")
+
+    monkeypatch.setattr(train, "_teacher", fail)
+    config = make_config(allow_short_travel=True, eta=0.0, steps=2)
+    run(config)
+    state = json.loads((config.run_dir / "checkpoint-2/trainer_state.json").read_text())
+    assert "kl" not in state["log_history"][0]
+
+
+def test_long_run_empties_the_masked_weights(make_config):
+    # The point of the method: at travel 3 and a lambda of the gradient's order, the prune is free.
+    config = make_config(lr=None, lambda_=None, steps=400, context=16, batch_size=2)
+    run(config)
+    record = json.loads((config.output / "cast.json").read_text())["evaluation"]
+    state = json.loads((config.run_dir / "checkpoint-400/trainer_state.json").read_text())
+    ratio = [e["sparse_weight_ratio"] for e in state["log_history"] if "loss" in e]
+    assert ratio[-1] > 0.99
+    change = record["perplexity_after_prune"] / record["perplexity_before_prune"]
+    assert change == pytest.approx(1, abs=0.01)
+
+
+def test_perplexity(llama_dir):
+    model = load_source(llama_dir).model.train()
+    tokens = torch.randint(257, (70,))
+    windows = tokens[:64].view(2, 32)
+    with torch.no_grad():
+        loss = model.eval()(input_ids=windows, labels=windows).loss
+    model.train()
+    assert perplexity(model, tokens, 32) == pytest.approx(loss.exp().item(), rel=1e-5)
+    assert model.training
+    with pytest.raises(ValueError, match="70 tokens are less than one window of 71"):
+        perplexity(model, tokens, 71)
+
+
+def test_source_trains_in_fp32_whatever_is_stored(llama_dir):
+    source = load_source(llama_dir)
+    assert source.dtype == torch.bfloat16
+    assert {p.dtype for p in source.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
+        (lambda folder: (folder / "config.json").write_text("{"), "is not JSON"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "cannot load"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"cut"), "cannot load"),
+        (
+            lambda folder: (folder / "config.json").write_text(
+                '{"quantization_config": {"quant_method": "cast"}}'
+            ),
+            r"quantized or sparse already \(quant_method cast\)",
+        ),
+    ],
+    ids=["no config", "bad config", "no weights", "cut weights", "sparse"],
+)
+def test_source_errors(llama_dir, tmp_path, make_config, damage, message):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in llama_dir.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    damage(folder)
+    with pytest.raises(RunError, match=message) as caught:
+        run(make_config(model=folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_output_is_not_overwritten(make_config):
+    config = make_config()
+    config.output.mkdir()
+    (config.output / "mine").touch()
+    with pytest.raises(RunError, match="is not empty; name another folder"):
+        run(config)
+
+
+def test_earlier_run_is_not_overwritten(trained, make_config):
+    config, _ = trained
+    with pytest.raises(RunError, match="is not empty"):
+        run(config)
+    elsewhere = make_config()
+    elsewhere.run_dir.mkdir()
+    (elsewhere.run_dir / "run.json").touch()
+    with pytest.raises(RunError, match="holds an earlier run; continue it with --resume"):
+        run(elsewhere)
+
+
+def test_output_that_cannot_be_written(make_config, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="output: cannot write"):
+        run(make_config(output=tmp_path / "file" / "out", allow_short_travel=True))
+
+
+def test_context_beyond_the_model(make_config):
+    with pytest.raises(RunError, match="context: 65 is more than the model's 64 positions"):
+        run(make_config(context=65))
