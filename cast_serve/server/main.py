@@ -1,103 +1,64 @@
-"""cast-serve: checks the checkpoint and the plugin, then runs vLLM's OpenAI-compatible server."""
+"""cast-serve: runs the server (serve.py) in a child process and passes signals on to it.
 
-import argparse
+Two processes, because a terminal sends Ctrl-C to its whole foreground group: vLLM's workers would
+die of it under the requests that the engine is still draining, and an engine that is starting
+answers signals with tracebacks, or not at all. The server has a session of its own, so only this
+process hears the terminal. It imports nothing of vLLM and holds about 15 MB.
+"""
+
 import os
-import socket
+import signal
+import subprocess
 import sys
-from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
-from cast_serve.server.interrupt import interrupt_only_this_process
+import psutil
 
-# What vLLM raises when an engine cannot start or an argument does not fit the model.
-ENGINE_ERRORS = (RuntimeError, ValueError, OSError, AssertionError, NotImplementedError)
+# The number of a pipe into which serve.py writes a byte once it serves.
+READY_FD = "CAST_SERVE_READY_FD"
 
 
 def main() -> None:
-    """Console script. Exit status 0 after a clean stop, 1 on an error, 2 on wrong usage."""
-    interrupt_only_this_process()
-    # As vLLM's own console script does: fork would copy a started accelerator runtime.
-    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-    try:
-        sys.exit(_run())
-    except KeyboardInterrupt:
-        # Ctrl-C or SIGTERM while starting; once it serves, vLLM handles both.
-        sys.exit(0)
+    """Console script. Exit status 0 after a clean stop, 1 on an error, 2 on wrong usage.
 
-
-def _run() -> int:
-    from cast_serve.server import plugin
-
-    try:
-        plugin.require()
-    except (RuntimeError, ImportError) as error:
-        return _fail(str(error))
-
-    from vllm.entrypoints.cli.serve import validate_parsed_serve_args
-
-    from cast_serve.model_loaders.errors import CheckpointError
-    from cast_serve.server.arguments import parse
-    from cast_serve.server.report import report
-
-    try:
-        args = parse()
-        report(args.model, args.quantization)
-    except CheckpointError as error:
-        return _fail(str(error))
-    if args.check_only:
-        return 0
-    try:
-        validate_parsed_serve_args(args)
-        _require_free_port(args)
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        return _fail(str(error))
-    return _serve(args)
-
-
-def _serve(args: argparse.Namespace) -> int:
-    from vllm.entrypoints.cli.serve import ServeSubcommand
-
-    from cast_serve.server.ready import announce_when_ready
-    from cast_serve.server.shutdown import quiet_expected_exit
-
-    quiet_expected_exit()
-    announce_when_ready(args)
-    try:
-        ServeSubcommand.cmd(args)
-    except ENGINE_ERRORS as error:
-        return _fail(_fault(args.model) or f"{type(error).__name__}: {error}")
-    return 0
-
-
-def _fault(model: str) -> str | None:
-    """What is wrong with the data of the checkpoint; the headers have been checked before."""
-    from cast_serve.model_loaders.check import check
-    from cast_serve.model_loaders.checkpoint import Checkpoint
-
-    if not Path(model).is_dir():
-        return None
-    return next(
-        (found.problem for found in check(Checkpoint.open(Path(model))) if found.problem), None
+    Ctrl-C and SIGTERM drain the requests in flight (--shutdown-timeout says how long); a second
+    one, or one before the server is up, ends at once.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    server = subprocess.Popen(
+        [sys.executable, "-m", "cast_serve.server.serve", *sys.argv[1:]],
+        env={**os.environ, READY_FD: str(writer)},
+        pass_fds=(writer,),
+        start_new_session=True,
     )
+    os.close(writer)
+    stopping = False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal stopping
+        if stopping or not _is_serving(reader):
+            _end_now(server.pid)
+        stopping = True
+        server.terminate()
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    status = server.wait()
+    sys.exit(status if status >= 0 else 128 - status)
 
 
-def _require_free_port(args: argparse.Namespace) -> None:
-    """Raise OSError if the port is taken, before the minutes that an engine start may take."""
-    if args.uds or args.headless:
-        return
-    family = socket.AF_INET6 if ":" in (args.host or "") else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((args.host or "", args.port))
-        except OSError as error:
-            where = f"{args.host or '*'}:{args.port}"
-            raise OSError(f"cannot listen on {where} ({error.strerror}); see --port") from error
+def _is_serving(reader: int) -> bool:
+    try:
+        return os.read(reader, 1) != b""
+    except BlockingIOError:
+        return False
 
 
-def _fail(reason: str) -> int:
-    print(f"cast-serve: {reason}", file=sys.stderr, flush=True)
-    return 1
-
-
-if __name__ == "__main__":
-    main()
+def _end_now(server: int) -> NoReturn:
+    """Exit with status 0 and take every process of the server along."""
+    process = psutil.Process(server)
+    for member in [*process.children(recursive=True), process]:
+        member.kill()
+    os._exit(0)

@@ -10,13 +10,15 @@ import sys
 import threading
 import time
 
+from cast_serve.server.main import READY_FD
+
 POLL_SECONDS = 0.5
 
 
 def announce_when_ready(args: argparse.Namespace) -> None:
-    """Print the curl line of `args`' server once /health answers; returns at once.
+    """Tell main.py, and print a curl line, once the server of `args` answers /health.
 
-    A daemon thread polls, since vLLM has no hook after its socket is served.
+    Returns at once: a daemon thread polls, since vLLM has no hook after its socket is served.
     """
     if args.headless or args.uds:
         return
@@ -50,6 +52,9 @@ def address(args: argparse.Namespace) -> tuple[str, int]:
 def _announce(args: argparse.Namespace) -> None:
     while not _is_healthy(args):
         time.sleep(POLL_SECONDS)
+    # main.py waits for this: from now on a signal drains.
+    if writer := os.environ.get(READY_FD):
+        os.write(int(writer), b"1")
     print(f"\nReady. Try:\n\n  {curl_line(args)}\n", file=sys.stderr, flush=True)
 
 

@@ -122,6 +122,9 @@ class RunConfig:
     compute: Literal["fp32", "bf16"] = _option(
         "fp32", "arithmetic of the forward pass; master weights are always fp32", group="run"
     )
+    compile: bool = _option(
+        False, "run the models through torch.compile, for speed on a GPU", group="run"
+    )
     gradient_checkpointing: bool = _option(
         False, "recompute activations in the backward pass to save memory", group="run"
     )

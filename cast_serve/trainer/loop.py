@@ -50,6 +50,7 @@ class CastTrainer(Trainer):
         schedule = Schedule(steps=fixed.steps, warmup=config.warmup, floor=config.lr_floor)
         self.config = config
         self.teacher = teacher
+        self._logits = torch.compile(_logits) if config.compile else _logits
         self.adams = AdamS(
             optimizer_groups(model),
             lr=fixed.lr,
@@ -89,9 +90,9 @@ class CastTrainer(Trainer):
         teacher_logits = None
         if self.teacher is not None:
             with torch.no_grad():
-                teacher_logits = _logits(self.teacher, ids)
+                teacher_logits = self._logits(self.teacher, ids)
         with self._autocast():
-            logits = _logits(model, ids)
+            logits = self._logits(model, ids)
         loss = distillation_loss(
             logits,
             teacher_logits,

@@ -83,9 +83,7 @@ def server(packed, tmp_path_factory) -> Iterator[Server]:
     running = Server(packed, log, *flags)
     running.wait_ready()
     yield running
-    # The last test stops it; this is for runs of single tests.
-    if running.process.poll() is None:
-        running.stop(signal.SIGTERM)
+    running.stop(signal.SIGTERM)
 
 
 def test_curl_line(server):
@@ -130,8 +128,11 @@ def test_report(server):
     assert re.search(r"^layers +14 sparse, 1 dense *$", report, re.MULTILINE)
 
 
-def test_sigterm_drains(server):
-    """Runs last: the stream in flight ends by itself, and so does the server."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stop_drains(packed, tmp_path, number):
+    """The stream in flight ends by itself, and then the server."""
+    server = Server(packed, tmp_path / "log", "--served-model-name", "tiny", "--enforce-eager")
+    server.wait_ready()
     stream = server.client().completions.create(
         model="tiny", prompt="it was", max_tokens=200, stream=True, extra_body={"ignore_eos": True}
     )
@@ -144,12 +145,14 @@ def test_sigterm_drains(server):
     assert "Traceback" not in server.log.read_text()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("moment", ["^format ", "Initializing a V1 LLM engine"])
-def test_interrupted_start(packed, tmp_path, moment):
-    """Ctrl-C before the server is up."""
+def test_stopped_while_starting(packed, tmp_path, moment, number):
     starting = Server(packed, tmp_path / "log")
     starting.wait_for(moment)
-    assert starting.stop(signal.SIGINT) == 0
+    begin = time.monotonic()
+    assert starting.stop(number) == 0
+    assert time.monotonic() - begin < 10
     assert "Traceback" not in starting.log.read_text()
 
 
@@ -209,7 +212,7 @@ def test_broken_plugin(packed):
     """vLLM alone would log the import error and die later of an unknown quantization method."""
     program = (
         "import sys; sys.modules['cast_serve.config'] = None;"
-        "from cast_serve.server.main import main; main()"
+        "from cast_serve.server.serve import main; main()"
     )
     failed = subprocess.run(
         [sys.executable, "-c", program, "--model", str(packed)],

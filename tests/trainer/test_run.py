@@ -303,3 +303,11 @@ def test_output_that_cannot_be_written(make_config, tmp_path):
 def test_context_beyond_the_model(make_config):
     with pytest.raises(RunError, match="context: 65 is more than the model's 64 positions"):
         run(make_config(context=65))
+
+
+def test_compile_is_the_same_run(trained, make_config):
+    """Up to the rounding of compiled code."""
+    _, exact = trained
+    weights = run(make_config(allow_short_travel=True, compile=True))
+    weight, moved = weights[f"{PROJECTION}.weight"], exact[f"{PROJECTION}.weight"]
+    assert torch.nn.functional.cosine_similarity(weight.flatten(), moved.flatten(), dim=0) > 0.99

@@ -1,0 +1,104 @@
+"""The server process: checks checkpoint and plugin, then runs vLLM's OpenAI-compatible server."""
+
+import argparse
+import ctypes
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+# What vLLM raises when an engine cannot start or an argument does not fit the model.
+ENGINE_ERRORS = (RuntimeError, ValueError, OSError, AssertionError, NotImplementedError)
+
+
+def main() -> None:
+    """Process entry; main.py starts it."""
+    _end_with_parent()
+    # As vLLM's own console script does: fork would copy a started accelerator runtime.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    sys.exit(_run())
+
+
+def _end_with_parent() -> None:
+    """Ask Linux for SIGTERM should cast-serve itself be killed: prctl(2), PR_SET_PDEATHSIG."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+def _run() -> int:
+    from cast_serve.server import plugin
+
+    try:
+        plugin.require()
+    except (RuntimeError, ImportError) as error:
+        return _fail(str(error))
+
+    from vllm.entrypoints.cli.serve import validate_parsed_serve_args
+
+    from cast_serve.model_loaders.errors import CheckpointError
+    from cast_serve.server.arguments import parse
+    from cast_serve.server.report import report
+
+    try:
+        args = parse()
+        report(args.model, args.quantization)
+    except CheckpointError as error:
+        return _fail(str(error))
+    if args.check_only:
+        return 0
+    try:
+        validate_parsed_serve_args(args)
+        _require_free_port(args)
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        return _fail(str(error))
+    return _serve(args)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+
+    from cast_serve.server.ready import announce_when_ready
+    from cast_serve.server.shutdown import quiet_expected_exit
+
+    quiet_expected_exit()
+    announce_when_ready(args)
+    try:
+        ServeSubcommand.cmd(args)
+    except ENGINE_ERRORS as error:
+        return _fail(_fault(args.model) or f"{type(error).__name__}: {error}")
+    return 0
+
+
+def _fault(model: str) -> str | None:
+    """What is wrong with the data of the checkpoint; the headers have been checked before."""
+    from cast_serve.model_loaders.check import check
+    from cast_serve.model_loaders.checkpoint import Checkpoint
+
+    if not Path(model).is_dir():
+        return None
+    return next(
+        (found.problem for found in check(Checkpoint.open(Path(model))) if found.problem), None
+    )
+
+
+def _require_free_port(args: argparse.Namespace) -> None:
+    """Raise OSError if the port is taken, before the minutes that an engine start may take."""
+    if args.uds or args.headless:
+        return
+    family = socket.AF_INET6 if ":" in (args.host or "") else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((args.host or "", args.port))
+        except OSError as error:
+            where = f"{args.host or '*'}:{args.port}"
+            raise OSError(f"cannot listen on {where} ({error.strerror}); see --port") from error
+
+
+def _fail(reason: str) -> int:
+    print(f"cast-serve: {reason}", file=sys.stderr, flush=True)
+    return 1
+
+
+if __name__ == "__main__":
+    main()
