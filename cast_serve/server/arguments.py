@@ -1,13 +1,19 @@
 """The command line of cast-serve: that of `vllm serve`, and a few flags of ours."""
 
 import argparse
+import os
 from collections.abc import Sequence
 
+import psutil
 from vllm.entrypoints.cli.serve import make_arg_parser
+from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 # vLLM's own default is 0, which aborts the requests in flight.
 DRAIN_SECONDS = 60
+
+# On a CPU vLLM would take 92 % of the memory, and refuse to start where that much is not free.
+CPU_CACHE_BYTES = 4 * 2**30
 
 DESCRIPTION = """Serve a 2:4 sparse checkpoint through vLLM, with an OpenAI-compatible API.
 Takes every flag that `vllm serve` takes (--help=all lists them)."""
@@ -36,4 +42,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.model = args.model_tag or args.model
     if args.model is None:
         parser.error("which checkpoint? Give --model DIR")
+    if current_platform.is_cpu() and not _sizes_cache(args, parser):
+        args.kv_cache_memory_bytes = min(CPU_CACHE_BYTES, psutil.virtual_memory().available // 4)
     return args
+
+
+def _sizes_cache(args: argparse.Namespace, parser: argparse.ArgumentParser) -> bool:
+    """Whether the user has said how much memory the KV cache gets."""
+    return bool(
+        args.kv_cache_memory_bytes
+        or args.gpu_memory_utilization != parser.get_default("gpu_memory_utilization")
+        or os.environ.get("VLLM_CPU_KVCACHE_SPACE")
+    )

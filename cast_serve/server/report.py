@@ -14,7 +14,7 @@ from cast_serve.model_loaders.summary import Summary, summarise
 UNPACKED = "unpacked while loading, then run dense by vLLM"
 
 
-def report(model: str, quantization: str | None) -> None:
+def report(model: str, quantization: str | None, cache_bytes: int | None) -> None:
     """Check the headers of the checkpoint `model` and print what will be served.
 
     Reads no weights. A model that is not a folder is left to vLLM, which downloads it.
@@ -22,6 +22,7 @@ def report(model: str, quantization: str | None) -> None:
     Args:
         model: folder, or the name of a model on a hub.
         quantization: the value of --quantization.
+        cache_bytes: the value of --kv-cache-memory-bytes.
 
     Raises:
         CheckpointError: the checkpoint cannot be served.
@@ -31,7 +32,11 @@ def report(model: str, quantization: str | None) -> None:
         console.print(f"{model} is no folder here: vLLM looks it up, and it is checked on loading.")
         return
     summary = summarise(Checkpoint.open(Path(model)))
-    console.print(_table(summary, quantization))
+    table = _table(summary, quantization)
+    if cache_bytes:
+        size = f"{cache_bytes / 2**30:.1f} GiB"
+        table.add_row("KV cache", f"{size} on each rank; --kv-cache-memory-bytes changes it")
+    console.print(table)
 
 
 def _looks_like_path(model: str) -> bool:

@@ -41,7 +41,7 @@ def _run() -> int:
 
     try:
         args = parse()
-        report(args.model, args.quantization)
+        report(args.model, args.quantization, args.kv_cache_memory_bytes)
     except CheckpointError as error:
         return _fail(str(error))
     if args.check_only:

@@ -1,0 +1,81 @@
+"""The plugin's entry point: light, idempotent, and what it says of a config.json."""
+
+import subprocess
+import sys
+
+import pytest
+
+from cast_serve.model_loaders.errors import CheckpointError
+
+
+def test_import_loads_neither_torch_nor_vllm():
+    program = "import cast_serve, sys; assert not {'torch', 'vllm'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_register_is_idempotent():
+    from vllm.model_executor.layers.quantization import (
+        QUANTIZATION_METHODS,
+        get_quantization_config,
+    )
+
+    from cast_serve import register
+    from cast_serve.config import CastConfig
+
+    register()
+    register()
+    assert QUANTIZATION_METHODS.count("cast") == 1
+    assert get_quantization_config("cast") is CastConfig
+
+
+def compressed_tensors(**sparsity: str) -> dict:
+    return {"quant_method": "compressed-tensors", "sparsity_config": sparsity}
+
+
+@pytest.mark.parametrize(
+    ("declared", "taken"),
+    [
+        (compressed_tensors(sparsity_structure="2:4", format="sparse-24-bitmask"), "cast"),
+        (compressed_tensors(sparsity_structure="2:4", format="dense"), "cast"),
+        (compressed_tensors(sparsity_structure="unstructured", format="sparse-bitmask"), None),
+        ({"quant_method": "compressed-tensors", "config_groups": {}}, None),
+        ({"quant_method": "awq"}, None),
+        ({"quant_method": "fp8"}, None),
+    ],
+)
+def test_takes_over_only_2of4(declared, taken):
+    from cast_serve.config import CastConfig
+
+    assert CastConfig.override_quantization_method(declared, None) == taken
+
+
+def test_unknown_version_is_refused():
+    from cast_serve.config import CastConfig
+
+    declared = {"quant_method": "cast", "format": "packed", "sparsity": "2:4", "version": 9}
+    with pytest.raises(CheckpointError, match=r"config\.json: .*version 9 is not 1"):
+        CastConfig.from_config(declared)
+
+
+def test_fused_parts_are_named_as_in_the_checkpoint():
+    from cast_serve.config import CastConfig
+
+    config = CastConfig.from_config(
+        {
+            "quant_method": "cast",
+            "format": "packed",
+            "sparsity": "2:4",
+            "version": 1,
+            "ignore": ["model.layers.0.self_attn.k_proj"],
+        }
+    )
+    config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    parts = config.parts("model.layers.0.self_attn.qkv_proj")
+    assert [(part.name.rpartition(".")[2], part.sparse) for part in parts] == [
+        ("q_proj", True),
+        ("k_proj", False),
+        ("v_proj", True),
+    ]
+    assert [part.name for part in config.parts("model.layers.0.mlp.down_proj")] == [
+        "model.layers.0.mlp.down_proj"
+    ]
