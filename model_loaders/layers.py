@@ -14,6 +14,7 @@ import torch
 
 from cast_serve.kernels.packing import COLUMNS_PER_BYTE, check_shape
 from cast_serve.model_loaders.checkpoint import CONFIG, Checkpoint
+from cast_serve.model_loaders.complete import require_all_blocks
 from cast_serve.model_loaders.errors import CheckpointError
 from cast_serve.model_loaders.formats import Format, Scheme, recognise
 from cast_serve.model_loaders.header import TensorEntry
@@ -86,6 +87,8 @@ def find_layers(checkpoint: Checkpoint) -> Layers:
     others = tuple(name for name in checkpoint.entries if name not in taken)
     for name in others:
         finder.check_other(name)
+    if scheme.format is not Format.PLAIN:
+        require_all_blocks(checkpoint, (linear.name for linear in linears))
     return Layers(scheme=scheme, linears=tuple(linears), others=others)
 
 

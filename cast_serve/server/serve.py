@@ -41,7 +41,8 @@ def _run() -> int:
 
     try:
         args = parse()
-        report(args.model, args.quantization, args.kv_cache_memory_bytes)
+        if args.load_format != "dummy":
+            report(args.model, args.quantization, args.kv_cache_memory_bytes)
     except CheckpointError as error:
         return _fail(str(error))
     if args.check_only:
@@ -65,20 +66,24 @@ def _serve(args: argparse.Namespace) -> int:
     try:
         ServeSubcommand.cmd(args)
     except ENGINE_ERRORS as error:
-        return _fail(_fault(args.model) or f"{type(error).__name__}: {error}")
+        fault = None if args.load_format == "dummy" else _fault(args.model)
+        return _fail(fault or f"{type(error).__name__}: {error}")
     return 0
 
 
 def _fault(model: str) -> str | None:
-    """What is wrong with the data of the checkpoint; the headers have been checked before."""
+    """What is wrong with the data of the checkpoint, None if that is not why the engine failed."""
     from cast_serve.model_loaders.check import check
     from cast_serve.model_loaders.checkpoint import Checkpoint
+    from cast_serve.model_loaders.errors import CheckpointError
 
     if not Path(model).is_dir():
         return None
-    return next(
-        (found.problem for found in check(Checkpoint.open(Path(model))) if found.problem), None
-    )
+    try:
+        problems = (found.problem for found in check(Checkpoint.open(Path(model))))
+        return next(filter(None, problems), None)
+    except CheckpointError as error:
+        return str(error)
 
 
 def _require_free_port(args: argparse.Namespace) -> None:

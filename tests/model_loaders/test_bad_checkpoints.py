@@ -217,6 +217,12 @@ CONFIGS = [
 ]
 
 LAYOUT = [
+    Bad("no-linear", "is missing, though other blocks have it", tensor=UP0,
+        tensors=drop(f"{UP0}.compressed", f"{UP0}.bitmask", f"{UP0}.shape")),
+    Bad("no-block", "is missing, though other blocks have it", tensor="model.layers.2.",
+        config=lambda c: c.update(num_hidden_layers=3)),
+    Bad("no-linear-sharded", "is missing, though other blocks have it", INDEX, tensor=UP0, shards=3,
+        tensors=drop(f"{UP0}.compressed", f"{UP0}.bitmask", f"{UP0}.shape")),
     Bad("no-bitmask", f"has no {Q0}.bitmask beside it", tensor=f"{Q0}.compressed",
         tensors=drop(f"{Q0}.bitmask")),
     Bad("no-bitmask-ct", f"has no {Q0}.bitmask beside it", tensor=f"{Q0}.compressed",
