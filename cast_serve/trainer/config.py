@@ -1,4 +1,4 @@
-"""RunConfig: everything that decides a CAST run, with method.md's defaults.
+"""RunConfig: everything that decides a CAST run, with the defaults of docs/method.md.
 
 Field names are the YAML keys and, with dashes, the flags; `lambda_` is `lambda` in both, because
 Python reserves the word. arguments.py builds a RunConfig from flags and YAML.
@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 
 from cast_serve.trainer.errors import RunError
 
-# Travel (method.md point 3): sum_t lr_t * a_t / mean |masked w|. Below the first the final prune
+# Travel (docs/method.md, AdamS, 3): sum_t lr_t * a_t / mean |masked w|. Below the first the final prune
 # destroys the model, below the second it costs some quality.
 TRAVEL_REFUSED = 1.5
 TRAVEL_ADVISED = 3.0

@@ -1,6 +1,6 @@
 """The plan of a run: what is sparsified, for how long, and whether weights travel far enough.
 
-Travel (method.md point 3): over a run the decay carries a masked weight by about
+Travel (docs/method.md, AdamS, 3): over a run the decay carries a masked weight by about
 sum_t lr_t * a_t. It must be a few times mean |masked w|, or the final prune removes weights that
 still matter.
 """

@@ -160,7 +160,7 @@ def test_flips_counts_changed_entries():
 
 
 def test_first_update_is_ten_times_the_rate():
-    # method.md, trap 1: v takes the momentum without its bias correction; hence the warm-up.
+    # docs/method.md, AdamS, 1: v takes the momentum without its bias correction; hence the warm-up.
     weight = torch.nn.Parameter(torch.zeros(4, dtype=torch.float64))
     optimizer = adams(weight, Pattern(kept=2, group=4), input_dim=None, steps=20)
     take_steps(optimizer, weight, torch.tensor([[1e-3, -1e-3, 5.0, -7.0]], dtype=torch.float64))
@@ -169,7 +169,7 @@ def test_first_update_is_ten_times_the_rate():
 
 
 def test_steady_update_is_once_the_rate():
-    # method.md, trap 2: about 1.0 x lr under noise, where Adam makes 0.23 x lr.
+    # docs/method.md, AdamS, 2: about 1.0 x lr under noise, where Adam makes 0.23 x lr.
     weight = torch.nn.Parameter(torch.zeros(20_000))
     optimizer = adams(weight, Pattern(kept=2, group=4), input_dim=None, steps=200)
     generator = torch.Generator().manual_seed(0)
