@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 import tiny_models
+import torch
+from engine_worker import PROMPTS
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from cast_serve.model_loaders.convert import convert
 
@@ -16,6 +19,21 @@ pytestmark = pytest.mark.engine
 def test_packed(engine, stored, oracle, tmp_path):
     convert(stored("llama"), tmp_path / "packed", to="packed")
     engine(tmp_path / "packed").assert_equals(oracle("llama"))
+
+
+def test_transformers_agrees(engine, stored, tmp_path):
+    """What `unpack` writes, under plain transformers, against the packed form under vLLM."""
+    convert(stored("llama"), tmp_path / "packed", to="packed")
+    convert(tmp_path / "packed", tmp_path / "unpacked", to="dense")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "unpacked", dtype=torch.float32)
+    answer = engine(tmp_path / "packed", dtype="float32")
+    for prompt, tokens, logprobs in zip(PROMPTS, answer.tokens, answer.logprobs, strict=True):
+        with torch.inference_mode():
+            scores = model(torch.tensor([prompt + tokens])).logits[0].log_softmax(-1)
+        # The score at a position predicts the next one.
+        predicted = scores[len(prompt) - 1 : -1]
+        assert predicted.argmax(-1).tolist() == tokens
+        assert predicted.max(-1).values.tolist() == pytest.approx(logprobs, abs=1e-3)
 
 
 def test_dense_declared(engine, stored, oracle, tmp_path):
