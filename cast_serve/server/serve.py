@@ -59,9 +59,9 @@ def _serve(args: argparse.Namespace) -> int:
     from vllm.entrypoints.cli.serve import ServeSubcommand
 
     from cast_serve.server.ready import announce_when_ready
-    from cast_serve.server.shutdown import quiet_expected_exit
+    from cast_serve.server.shutdown import quiet_engine_exit
 
-    quiet_expected_exit()
+    quiet_engine_exit()
     announce_when_ready(args)
     try:
         ServeSubcommand.cmd(args)

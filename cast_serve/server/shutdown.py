@@ -1,30 +1,30 @@
-"""What the log says while a server that was asked to stop is stopping."""
+"""What the log says when the engine ends."""
 
 import logging
 
 from vllm.v1.engine.exceptions import EngineDeadError
 
+FRONT_END = "vllm.v1.engine.async_llm"
 
-class ExpectedEngineExit(logging.Filter):
-    """Drops the traceback about a dead engine once a shutdown has begun.
 
-    After draining, the engine exits while vLLM's front end still waits for its next output, and
-    reports that as a failure.
+class EngineExitIsNoFailure(logging.Filter):
+    """Turns the front end's traceback about an engine that is gone into a line.
+
+    It waits for the next output of the engine, also of one that has drained and exited as it was
+    asked to. Where the engine did fail, the engine's own traceback stands above.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.shutting_down = False
-
     def filter(self, record: logging.LogRecord) -> bool:
-        if record.getMessage().startswith("[shutdown]"):
-            self.shutting_down = True
-        error = record.exc_info[0] if record.exc_info else None
-        return not (self.shutting_down and error and issubclass(error, EngineDeadError))
+        if record.exc_info and isinstance(record.exc_info[1], EngineDeadError):
+            record.exc_info = None
+            record.levelno, record.levelname = logging.INFO, "INFO"
+            record.msg, record.args = "The engine has stopped.", ()
+        return True
 
 
-def quiet_expected_exit() -> None:
-    """Put ExpectedEngineExit on the handlers of vLLM's loggers."""
-    expected_exit = ExpectedEngineExit()
-    for handler in logging.getLogger("vllm").handlers:
-        handler.addFilter(expected_exit)
+def quiet_engine_exit() -> None:
+    """Put the filter on vLLM's front end.
+
+    On its logger and not on the handlers of "vllm": those are replaced when vLLM configures logs.
+    """
+    logging.getLogger(FRONT_END).addFilter(EngineExitIsNoFailure())

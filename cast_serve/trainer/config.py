@@ -10,8 +10,8 @@ from typing import Any, Literal, Self
 
 from cast_serve.trainer.errors import RunError
 
-# Travel (docs/method.md, AdamS, 3): sum_t lr_t * a_t / mean |masked w|. Below the first the final prune
-# destroys the model, below the second it costs some quality.
+# Travel (docs/method.md, AdamS, 3): sum_t lr_t * a_t / mean |masked w|. Below the first the final
+# prune destroys the model, below the second it costs some quality.
 TRAVEL_REFUSED = 1.5
 TRAVEL_ADVISED = 3.0
 # The default rate is the one that travels far enough, but no higher than this: a budget too small

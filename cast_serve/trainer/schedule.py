@@ -23,8 +23,8 @@ class Schedule:
     def rate(self, t: int) -> float:
         """lr_t as a share of the peak; 1/w at t = 1 of w warm-up steps, `floor` at t = T.
 
-        The first update of AdamS is 10 times the rate (docs/method.md, AdamS, 1), so the warm-up starts
-        at its first share and not at the peak.
+        The first update of AdamS is 10 times the rate (docs/method.md, AdamS, 1), so the warm-up
+        starts at its first share and not at the peak.
         """
         if t <= self.warmup_steps:
             return t / self.warmup_steps
