@@ -217,10 +217,17 @@ class CastLinearMethod(LinearMethodBase):
 
     def _pass_on(self, parameter: Parameter, tensor: torch.Tensor, part_id: PartId) -> None:
         """Let vLLM cut this rank's piece of the part out of `tensor`, into its place."""
-        if part_id is None:
-            self.load_part(parameter, tensor)
-        else:
-            self.load_part(parameter, tensor, part_id)
+        try:
+            if part_id is None:
+                self.load_part(parameter, tensor)
+            else:
+                self.load_part(parameter, tensor, part_id)
+        except (RuntimeError, AssertionError) as error:
+            names = ", ".join(part.name for part in self._named(part_id))
+            raise ValueError(
+                f"{names}: {list(tensor.shape)} in the checkpoint does not fit the model's "
+                f"{list(parameter.shape)} a rank; config.json is of another model"
+            ) from error
 
     def _refuse(self, part_id: PartId, reason: str) -> NoReturn:
         """Raise the error of the checkpoint's own reader, which names file, row and column."""

@@ -1,52 +1,82 @@
-"""Whether every block of a checkpoint has its linears: whole files can still lack tensors."""
+"""Whether a checkpoint holds every tensor its model has: whole files can still lack some.
+
+vLLM itself checks that only where a checkpoint has no quantization_config.
+"""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 
 from cast_serve.model_loaders.checkpoint import INDEX, SINGLE, Checkpoint
 from cast_serve.model_loaders.errors import CheckpointError
 
-# Families whose blocks all hold the same linears, and where config.json says how many there are.
-# In others (hybrids, mixtures of experts) a linear may rightly be in some of the blocks only.
+# Families whose blocks all hold the same tensors, and where config.json says how many there are.
+# In others (hybrids, mixtures of experts) a tensor may rightly be in some of the blocks only.
 _BLOCK_COUNT = {
     **dict.fromkeys(("gemma", "gemma2", "llama", "mistral", "opt"), "num_hidden_layers"),
     **dict.fromkeys(("phi3", "qwen2", "qwen3"), "num_hidden_layers"),
     "gpt2": "n_layer",
 }
+# Tensors outside the blocks, by the end of their names.
+_OUTSIDE = {
+    "gpt2": ("wte.weight", "wpe.weight"),
+    "opt": ("embed_tokens.weight", "embed_positions.weight"),
+}
+_OUTSIDE_DEFAULT = ("embed_tokens.weight", "norm.weight")
 
 _IN_BLOCK = re.compile(r"(.*?\.)?(\d+)(\..+)")
 
+Shape = tuple[int, ...]
 
-def require_all_blocks(checkpoint: Checkpoint, linears: Iterable[str]) -> None:
-    """Raise unless each block has every linear that any block has.
+
+def require_complete(checkpoint: Checkpoint, shapes: Mapping[str, Shape]) -> None:
+    """Raise unless each block has what any block has, in one shape, and the rest is there.
 
     Args:
-        linears: module names of the linears found.
+        shapes: of every linear (N, K) by module name, and of every other tensor.
 
     Raises:
-        CheckpointError: names the first linear that is missing.
+        CheckpointError: names the first tensor that is missing or differs.
     """
-    count_key = _BLOCK_COUNT.get(str(checkpoint.config.get("model_type")))
-    if count_key is None:
+    family = str(checkpoint.config.get("model_type"))
+    if family not in _BLOCK_COUNT:
         return
-    stacks: dict[str, dict[str, set[int]]] = {}
-    for name in linears:
+    _require_blocks(checkpoint, shapes, checkpoint.config.get(_BLOCK_COUNT[family]))
+    outside = list(_OUTSIDE.get(family, _OUTSIDE_DEFAULT))
+    if checkpoint.config.get("tie_word_embeddings") is False:
+        outside.append("lm_head.weight")
+    for end in outside:
+        if not any(name.endswith(end) for name in checkpoint.entries):
+            raise CheckpointError(
+                _listing(checkpoint), "is missing; the checkpoint is incomplete", end
+            )
+
+
+def _require_blocks(checkpoint: Checkpoint, shapes: Mapping[str, Shape], declared: object) -> None:
+    stacks: dict[str, dict[str, dict[int, Shape]]] = {}
+    for name, shape in shapes.items():
         if found := _IN_BLOCK.fullmatch(name):
-            stack, number, linear = found.groups()
-            stacks.setdefault(stack or "", {}).setdefault(linear, set()).add(int(number))
-    declared = checkpoint.config.get(count_key)
-    for stack, blocks_with in stacks.items():
-        count = 1 + max(map(max, blocks_with.values()))
+            stack, number, tensor = found.groups()
+            stacks.setdefault(stack or "", {}).setdefault(tensor, {})[int(number)] = shape
+    for stack, tensors in stacks.items():
+        count = 1 + max(map(max, tensors.values()))
         if isinstance(declared, int):
             count = declared
-        for linear, numbers in blocks_with.items():
+        for tensor, blocks in tensors.items():
+            usual = max(blocks.values(), key=list(blocks.values()).count)
             for number in range(count):
-                if number not in numbers:
+                name = f"{stack}{number}{tensor}"
+                if number not in blocks:
                     raise CheckpointError(
                         _listing(checkpoint),
                         "is missing, though other blocks have it; the checkpoint is incomplete",
-                        f"{stack}{number}{linear}",
+                        name,
+                    )
+                if blocks[number] != usual:
+                    raise CheckpointError(
+                        _listing(checkpoint),
+                        f"has shape {list(blocks[number])}, in other blocks it is {list(usual)}",
+                        name,
                     )
 
 

@@ -14,7 +14,7 @@ import torch
 
 from cast_serve.kernels.packing import COLUMNS_PER_BYTE, check_shape
 from cast_serve.model_loaders.checkpoint import CONFIG, Checkpoint
-from cast_serve.model_loaders.complete import require_all_blocks
+from cast_serve.model_loaders.complete import require_complete
 from cast_serve.model_loaders.errors import CheckpointError
 from cast_serve.model_loaders.formats import Format, Scheme, recognise
 from cast_serve.model_loaders.header import TensorEntry
@@ -88,7 +88,10 @@ def find_layers(checkpoint: Checkpoint) -> Layers:
     for name in others:
         finder.check_other(name)
     if scheme.format is not Format.PLAIN:
-        require_all_blocks(checkpoint, (linear.name for linear in linears))
+        shapes = {linear.name: linear.shape for linear in linears}
+        require_complete(
+            checkpoint, shapes | {name: checkpoint.entries[name].shape for name in others}
+        )
     return Layers(scheme=scheme, linears=tuple(linears), others=others)
 
 

@@ -46,7 +46,8 @@ def _run() -> int:
     except CheckpointError as error:
         return _fail(str(error))
     if args.check_only:
-        return 0
+        found = Path(args.model).is_dir()
+        return 0 if found else _fail(f"{args.model}: no such folder, so nothing was checked")
     try:
         validate_parsed_serve_args(args)
         _require_free_port(args)

@@ -167,6 +167,8 @@ class RunConfig:
         self._check_ranges()
         if not self.data:
             raise RunError("data: no file given")
+        if self.output.name in ("", ".."):
+            raise RunError(f"output: {self.output} names no new folder; give one, such as ./sparse")
         if self.eval_data and self.held_out != type(self).held_out and self.held_out > 0:
             raise RunError("held_out: eval_data is evaluated on instead; give one of the two")
 

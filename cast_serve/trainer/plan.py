@@ -56,7 +56,8 @@ class Plan:
     @property
     def verdict(self) -> str:
         """ "ok", "short" (warn) or "refused"."""
-        if self.travel < TRAVEL_REFUSED:
+        # Not "<": a travel that is no number is refused as well.
+        if not self.travel >= TRAVEL_REFUSED:
             return "refused"
         # A default rate is computed to reach the advised travel exactly, up to rounding.
         return "short" if self.travel < TRAVEL_ADVISED * (1 - 1e-9) else "ok"

@@ -63,12 +63,31 @@ def load_source(folder: Path) -> Source:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         # dtype="auto" reads the files' own, which from_pretrained(dtype=float32) would hide.
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", local_files_only=True, output_loading_info=True
+        )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise RunError(f"model: cannot load {folder}: {reason}") from error
+    model, loading = loaded
+    _require_whole(folder, model, loading)
     dtype = model.dtype
     return Source(folder=folder, model=model.float(), tokenizer=tokenizer, dtype=dtype)
+
+
+def _require_whole(folder: Path, model: PreTrainedModel, loading: dict[str, Any]) -> None:
+    """Refuse weights that transformers made up, or that cannot be trained from."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    for what in ("missing_keys", "mismatched_keys"):
+        names = {key if isinstance(key, str) else key[0] for key in loading[what]} - tied
+        if names:
+            raise RunError(
+                f"model: {folder} is incomplete: {min(names)} is "
+                f"{'missing' if what == 'missing_keys' else 'of another shape than the model'}"
+            )
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise RunError(f"model: {folder}: {name} holds a NaN or an infinity")
 
 
 def read_config(folder: Path) -> dict[str, Any]:

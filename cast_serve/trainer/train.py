@@ -36,8 +36,7 @@ def run(config: RunConfig, console: Console) -> None:
     Raises:
         RunError: anything a user can put right, said in one line.
     """
-    if not config.dry_run:
-        check_folders(config)
+    check_folders(config)
     fixed = read_run(config) if config.resume and not config.dry_run else None
     source = load_source(config.model)
     context = context_length(source.model, config.context)

@@ -217,6 +217,18 @@ CONFIGS = [
 ]
 
 LAYOUT = [
+    Bad("no-bias", "is missing, though other blocks have it", tensor=f"{Q0}.bias",
+        tensors=drop(f"{Q0}.bias")),
+    Bad("no-norm", "is missing, though other blocks have it",
+        tensor="model.layers.1.input_layernorm.weight",
+        tensors=drop("model.layers.1.input_layernorm.weight")),
+    Bad("no-embedding", "is missing; the checkpoint is incomplete", tensor="embed_tokens.weight",
+        tensors=drop("model.embed_tokens.weight")),
+    Bad("no-head", "is missing; the checkpoint is incomplete", tensor="lm_head.weight",
+        tensors=drop("lm_head.weight"), config=lambda c: c.update(tie_word_embeddings=False)),
+    Bad("one-block-differs", "in other blocks it is [",
+        tensor="input_layernorm.weight",
+        tensors=put("model.layers.0.input_layernorm.weight", torch.ones(16))),
     Bad("no-linear", "is missing, though other blocks have it", tensor=UP0,
         tensors=drop(f"{UP0}.compressed", f"{UP0}.bitmask", f"{UP0}.shape")),
     Bad("no-block", "is missing, though other blocks have it", tensor="model.layers.2.",

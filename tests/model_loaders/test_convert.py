@@ -223,6 +223,8 @@ def test_convert_gpt2(make: Make, tmp_path: Path) -> None:
     weight = folder.expected["model.layers.0.mlp.up_proj"]
     name = "transformer.h.0.mlp.c_fc"
     folder.tensors[name + ".weight"] = weight.t().contiguous()
+    for embedding in ("wte", "wpe"):
+        folder.tensors[f"transformer.{embedding}.weight"] = torch.ones(4, 32)
     convert(folder.save().path, tmp_path / "packed", to="packed")
     convert(tmp_path / "packed", tmp_path / "dense", to="dense")
     packed = tensors_of(tmp_path / "packed")

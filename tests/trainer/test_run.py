@@ -1,11 +1,15 @@
 """Whole runs of tiny models: determinism, what is written, what is refused."""
 
+import dataclasses
 import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cast_serve.kernels.packing import check, unpack
@@ -311,3 +315,42 @@ def test_compile_is_the_same_run(trained, make_config):
     weights = run(make_config(allow_short_travel=True, compile=True))
     weight, moved = weights[f"{PROJECTION}.weight"], exact[f"{PROJECTION}.weight"]
     assert torch.nn.functional.cosine_similarity(weight.flatten(), moved.flatten(), dim=0) > 0.99
+
+
+def break_source(
+    source: Path, target: Path, edit: Callable[[dict[str, torch.Tensor]], None]
+) -> Path:
+    shutil.copytree(source, target)
+    tensors = load_file(target / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        (lambda tensors: tensors.pop(f"{PROJECTION}.weight"), "is missing"),
+        (lambda tensors: tensors[f"{PROJECTION}.weight"].fill_(float("nan")), "holds a NaN"),
+    ],
+)
+def test_unusable_source_is_refused(make_config, tmp_path, edit, reason):
+    """transformers makes up what is missing, and a NaN would pass the travel check."""
+    config = make_config(dry_run=True)
+    broken = break_source(config.model, tmp_path / "broken", edit)
+    with pytest.raises(RunError, match=f"{PROJECTION}.weight {reason}"):
+        train.run(dataclasses.replace(config, model=broken), Console(quiet=True))
+
+
+def test_dry_run_refuses_what_the_run_would(make_config):
+    config = make_config(dry_run=True)
+    config.output.mkdir(parents=True)
+    (config.output / "something").touch()
+    with pytest.raises(RunError, match="is not empty"):
+        train.run(config, Console(quiet=True))
+
+
+@pytest.mark.parametrize("output", [".", "/", ".."])
+def test_output_names_a_folder(make_config, output):
+    with pytest.raises(RunError, match="names no new folder"):
+        make_config(output=Path(output))
