@@ -140,8 +140,7 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
     if kind in (int, float):
         return _number(key, value, kind)
     if not isinstance(value, str):
-        # YAML 1.1 reads an unquoted 2:4 as the base-60 number 124.
-        hint_text = "; quote it" if kind is str else ""
+        hint_text = "; quote it (YAML reads 2:4 as the base-60 number 124)" if kind is str else ""
         raise RunError(f"{key}: expected text, got {_kind(value)} {value!r}{hint_text}")
     if not value:
         raise RunError(f"{key}: is empty")

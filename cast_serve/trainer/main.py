@@ -39,7 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         errors.print(f"cast-train: error: {error}", markup=False)
         return 2
     except KeyboardInterrupt:
-        errors.print("cast-train: interrupted; --resume continues from the last checkpoint")
+        errors.print(
+            "cast-train: interrupted; "
+            "if OUTPUT.run exists, --resume continues from its last checkpoint"
+        )
         return 130
     return 0
 

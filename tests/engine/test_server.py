@@ -175,6 +175,13 @@ def test_check_only(packed):
     assert "Initializing" not in checked.stdout + checked.stderr
 
 
+def test_check_only_checks_something():
+    """A mistyped folder looks like the name of a model on a hub."""
+    mistyped = run("--model", "sparse/lama", "--check-only")
+    assert mistyped.returncode == 1
+    assert last_line(mistyped) == "cast-serve: sparse/lama: no such folder, so nothing was checked"
+
+
 def test_refuses_before_loading(packed, tmp_path):
     convert(packed, tmp_path / "cut", to="packed")
     file = tmp_path / "cut" / "model.safetensors"
