@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+from engine_process import EngineError
 from engine_worker import PROMPTS
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -144,7 +145,7 @@ def test_damaged_packed(engine, stored, tmp_path, damage: Callable[[dict], str])
     tensors = load_file(file)
     name = damage(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(Exception, match="Error") as raised:
+    with pytest.raises(EngineError) as raised:
         engine(tmp_path / "damaged")
     assert name in str(raised.value)
 
@@ -158,6 +159,6 @@ def test_damaged_dense(engine, stored, tmp_path):
     name = "model.layers.0.mlp.gate_proj.weight"
     tensors[name][7, 8:12] = 1
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(Exception, match="row 7, columns 8-11") as raised:
+    with pytest.raises(EngineError, match="row 7, columns 8-11") as raised:
         engine(tmp_path / "dense")
     assert f"{file}: {name}: " in str(raised.value)
