@@ -1,9 +1,10 @@
-# make serve | test | lint       The first call creates .venv; PYTHON=python3.12 chooses the Python.
+# make serve | test | bench | lint       The first call creates .venv; PYTHON=python3.12 chooses the Python.
 MODEL ?= examples/tiny-llama-2of4
 PORT ?= 8000
 SERVE_FLAGS ?=
+BENCH_FLAGS ?=
 
-.PHONY: serve test lint setup
+.PHONY: serve test bench lint setup
 
 setup:
 	@scripts/setup.sh
@@ -13,6 +14,12 @@ serve: setup
 
 test: setup
 	.venv/bin/python -m pytest $(TEST_FLAGS)
+
+# Needs an NVIDIA GPU; writes bench/results and the table of kernels/README.md.
+bench: setup
+	.venv/bin/python -m bench.bench_linear --dtype bfloat16 $(BENCH_FLAGS)
+	.venv/bin/python -m bench.bench_linear --dtype float16 $(BENCH_FLAGS)
+	.venv/bin/python -m bench.render
 
 lint: setup
 	.venv/bin/ruff check .

@@ -6,8 +6,13 @@ a part is an inlet of the layer: what arrives there is turned into values and bi
 vLLM's own loader for those two, so vLLM cuts fused and sharded layers and at most one dense layer
 exists at a time. A layer of which a part is dense holds `weight` [N, K] instead; packed parts are
 unpacked on arrival.
+
+Once loaded, a sparse layer on a GPU holds `weight_packed` [N, K/2] (a name by which vLLM's LoRA
+finds a layer's device) and `metadata_0`, ...: the arguments of cast_serve::linear_2of4. On a CPU,
+where vLLM's own linear is faster, and for shapes that no kernel supports, it holds `weight` [N, K].
 """
 
+import json
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -24,7 +29,14 @@ from vllm.model_executor.parameter import ModelWeightParameter
 from vllm.platforms import current_platform
 
 from cast_serve.config import CastConfig, Part
+from cast_serve.envs import forced_kernel
+from cast_serve.kernels.op import REFERENCE_PLAN, linear_2of4
 from cast_serve.kernels.packing import COLUMNS_PER_BYTE, PatternError, check_mask, pack, unpack
+from cast_serve.kernels.plan import Plan
+from cast_serve.kernels.problem import Problem
+from cast_serve.kernels.registry import REFERENCE
+from cast_serve.kernels.selection import NoKernel, plan_for, warm
+from cast_serve.kernels.weight import SparseWeight, build
 from cast_serve.model_loaders.checkpoint import Checkpoint
 from cast_serve.model_loaders.formats import Format
 from cast_serve.model_loaders.layers import find_layers
@@ -49,17 +61,20 @@ _ANY_TWO = 0b0011_0011
 class CastLinearMethod(LinearMethodBase):
     """Loads one (possibly fused) linear layer of a 2:4 checkpoint and runs it.
 
-    Once loaded, the layer is vLLM's own unquantized linear.
+    Once loaded, the layer is one call of the sparse op, or vLLM's own unquantized linear.
     """
 
     def __init__(self, config: CastConfig, prefix: str, parts: tuple[Part, ...]) -> None:
-        load_config = get_current_vllm_config().load_config
+        vllm_config = get_current_vllm_config()
         self.config = config
         self.prefix = prefix
         self.parts = parts
         self.sparse = all(part.sparse for part in parts)
         self.dense_linear = UnquantizedLinearMethod()
-        self.weights_are_dummies = load_config.load_format == "dummy"
+        self.weights_are_dummies = vllm_config.load_config.load_format == "dummy"
+        self.additional_config = vllm_config.additional_config
+        # Names of the op's metadata on the layer; empty: the layer runs dense.
+        self.metadata_names: tuple[str, ...] = ()
         # Tensors of a part that has not arrived whole, by inlet.
         self.waiting: dict[PartId, dict[str, torch.Tensor]] = {}
         self.missing = {part.name for part in parts}
@@ -113,10 +128,11 @@ class CastLinearMethod(LinearMethodBase):
         return receive
 
     def process_weights_after_loading(self, layer: Module) -> None:
-        """Turn the layer into vLLM's own unquantized linear.
+        """Turn the layer into what it runs as.
 
         Raises:
-            ValueError: a part of the layer was not in the checkpoint.
+            ValueError: a part of the layer was not in the checkpoint, or CAST_SERVE_KERNEL names a
+                kernel that does not run it.
         """
         if self.finished:
             return
@@ -131,23 +147,63 @@ class CastLinearMethod(LinearMethodBase):
             raise ValueError(
                 f"{', '.join(sorted(self.missing))}: not in the checkpoint, or not whole"
             )
-        if self.sparse and not current_platform.is_cpu():
-            logger.warning_once("2:4 layers run dense: there is no 2:4 kernel for this device")
-        weight = (
-            unpack(self.inlets["compressed"].data, self.inlets["bitmask"].data)
-            if self.sparse
-            else self.inlets["weight"].data
-        )
+        held = {inlet: self.inlets[inlet].data for inlet in _INLETS}
         for inlet in _INLETS:
             delattr(layer, inlet)
         self.inlets.clear()
+        plan = self._plan(held["compressed"]) if self.sparse else None
+        if plan is not None:
+            self._hold_sparse(layer, build(held["compressed"], held["bitmask"], plan.layouts))
+            return
+        weight = unpack(held["compressed"], held["bitmask"]) if self.sparse else held["weight"]
         layer.weight = Parameter(weight, requires_grad=False)
         self.dense_linear.process_weights_after_loading(layer)
+
+    def _plan(self, values: torch.Tensor) -> Plan | None:
+        """The plan by which the op runs the layer, its kernels made ready; None: to run dense."""
+        rows, columns = values.shape[0], 2 * values.shape[1]
+        if current_platform.is_cpu():
+            forced = forced_kernel()
+            if forced is None:
+                return None
+            if forced.name != REFERENCE.name:
+                raise ValueError(f"{forced} needs a GPU; on a CPU there is {REFERENCE.name}")
+            plan = REFERENCE_PLAN
+        elif current_platform.is_cuda():
+            problem = Problem.on(values.device, N=rows, K=columns, dtype=values.dtype)
+            try:
+                warm(problem, values.device)
+            except NoKernel as error:
+                logger.warning_once("2:4 layers run dense: %s", str(error))
+                return None
+            plan = plan_for(problem)
+        else:
+            logger.warning_once("2:4 layers run dense: there is no 2:4 kernel for this device")
+            return None
+        rows_of_plan = json.dumps(plan.to_json())
+        logger.info_once("2:4 layers [%d, %d] stay packed: %s", rows, columns, rows_of_plan)
+        return plan
+
+    def _hold_sparse(self, layer: Module, weight: SparseWeight) -> None:
+        named = {f"metadata_{index}": tensor for index, tensor in enumerate(weight.metadata)}
+        self.metadata_names = tuple(named)
+        for name, tensor in {"weight_packed": weight.values, **named}.items():
+            layer.register_parameter(name, Parameter(tensor, requires_grad=False))
+        # vLLM keeps compiled models under a hash of its config, in which the plan is not: without
+        # this, one compiled for another plan would be given these tensors.
+        if isinstance(self.additional_config, dict):
+            traced = self.additional_config.setdefault("cast_serve", {})
+            traced[self.prefix] = [
+                f"{tensor.dtype}{list(tensor.shape)}" for tensor in named.values()
+            ]
 
     def apply(
         self, layer: Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        return self.dense_linear.apply(layer, x, bias)
+        if not self.metadata_names:
+            return self.dense_linear.apply(layer, x, bias)
+        metadata = [getattr(layer, name) for name in self.metadata_names]
+        return linear_2of4(x, layer.weight_packed, metadata, bias)
 
     def _receive(self, inlet: str, tensor: torch.Tensor, part_id: PartId) -> None:
         """Keep `tensor` until its part of the layer is whole, then load the part."""

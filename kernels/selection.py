@@ -1,0 +1,122 @@
+"""Selection: the plan of a layer, fixed at load.
+
+In this order: CAST_SERVE_KERNEL, the table shipped for this GPU, the plan measured on this machine
+before, one measured now. Nothing here runs while serving: the op looks M up in the plan.
+"""
+
+import logging
+import time
+from functools import cache
+
+import torch
+
+from cast_serve.envs import ForcedKernel, forced_kernel
+from cast_serve.kernels import cache as disk
+from cast_serve.kernels import shipped
+from cast_serve.kernels.plan import BUCKETS, Plan
+from cast_serve.kernels.problem import Problem
+from cast_serve.kernels.registry import KERNELS, NAMED
+from cast_serve.kernels.tune import TuningError, tune
+
+logger = logging.getLogger(__name__)
+
+# Buckets of a prefill larger than any that is measured: --max-num-batched-tokens goes this far.
+_LARGER = (16384, 32768, 65536)
+
+
+class NoKernel(ValueError):
+    """No kernel supports the layer; the message has each one's reason."""
+
+
+@cache
+def plan_for(problem: Problem) -> Plan:
+    """The plan of `problem`, on the current CUDA device where it has to be measured.
+
+    Raises:
+        NoKernel: no kernel supports it.
+        ValueError: CAST_SERVE_KERNEL names a kernel or config that does not run it.
+        TuningError: it has to be measured, and cannot be here and now.
+    """
+    forced = forced_kernel()
+    if forced is not None:
+        return forced_plan(problem, forced)
+    check_supported(problem)
+    plan = shipped.find(problem)
+    if plan is not None:
+        refused = refusals(problem, plan)
+        if not refused:
+            return plan
+        logger.warning("shipped plan for %s is not used, kernels are timed: %s", problem, refused)
+    plan = disk.read(problem)
+    if plan is not None and not refusals(problem, plan):
+        return plan
+    _refuse_capturing(problem)
+    started = time.monotonic()
+    plan = tune(problem, torch.device("cuda", torch.cuda.current_device()))
+    disk.write(problem, plan)
+    logger.info("timed kernels for %s in %.0f s", problem, time.monotonic() - started)
+    return plan
+
+
+@cache
+def warm(problem: Problem, device: torch.device) -> None:
+    """Compile and create all that `plan_for(problem)` runs on `device`.
+
+    After it the op compiles nothing, searches nothing, creates no handles and never synchronises,
+    at any M up to 65536.
+
+    Raises:
+        TuningError: a CUDA graph is being captured.
+        As `plan_for`.
+    """
+    _refuse_capturing(problem)
+    with torch.cuda.device(device):
+        plan = plan_for(problem)
+        bounds = (row.max_M for row in plan.rows if row.max_M is not None)
+        for M in sorted({*BUCKETS, *_LARGER, *bounds}):
+            row = plan.choice(M)
+            NAMED[row.kernel].prepare(problem, row.config, M)
+
+
+def _refuse_capturing(problem: Problem) -> None:
+    if torch.cuda.is_current_stream_capturing():
+        raise TuningError(
+            f"kernels for {problem} are not ready and a CUDA graph is being captured: "
+            "call cast_serve.kernels.selection.warm(problem, device) first"
+        )
+
+
+def check_supported(problem: Problem) -> None:
+    """Raise NoKernel, with each kernel's reason, if no kernel supports `problem`."""
+    reasons = {name: spec.supports(problem) for name, spec in KERNELS.items()}
+    if all(reasons.values()):
+        lines = "".join(f"\n  {name}: {reason}" for name, reason in reasons.items())
+        raise NoKernel(f"no 2:4 kernel for {problem}{lines}")
+
+
+def refusals(problem: Problem, plan: Plan) -> str:
+    """Why kernels of `plan` do not run `problem` here; "" if all do.
+
+    A library may be missing that the machine had where the plan was measured.
+    """
+    reasons = {row.kernel: NAMED[row.kernel].supports(problem) for row in plan.rows}
+    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
+
+
+def forced_plan(problem: Problem, forced: ForcedKernel) -> Plan:
+    """A plan of one kernel alone, with the config that is forced or its first guesses.
+
+    Raises:
+        ValueError: the kernel does not support the problem, or has no such config for it.
+    """
+    spec = NAMED[forced.name]
+    reason = spec.supports(problem)
+    if reason:
+        raise ValueError(f"{forced} does not run {problem}: {reason}; unset it or name another")
+    guesses = {M: spec.configs(problem, M) for M in BUCKETS}
+    if forced.config is None:
+        return Plan.of({M: (spec.name, configs[0]) for M, configs in guesses.items()})
+    known = dict.fromkeys(config for configs in guesses.values() for config in configs)
+    if forced.config not in known:
+        raise ValueError(f"{forced}: no such config for {problem}; there is {', '.join(known)}")
+    return Plan.of(dict.fromkeys(BUCKETS, (spec.name, forced.config)))

@@ -1,0 +1,66 @@
+"""Plans that ship with the package: kernels/tables/<name>.json, measured by bench/make_table.py.
+
+A table is {"family": "NVIDIA H100", "plans": [row, ...]}, a row what `row_of` gives; it serves
+every GPU whose name starts with its family.
+"""
+
+import functools
+import json
+from importlib import resources
+from typing import Any
+
+from cast_serve.kernels import cusparselt
+from cast_serve.kernels.cache import versions
+from cast_serve.kernels.plan import Plan
+from cast_serve.kernels.problem import Problem
+
+
+def row_of(problem: Problem, plan: Plan) -> dict[str, Any]:
+    """The row of a plan measured here.
+
+    It has cuSPARSELt's version where the plan runs it: algorithms are numbered anew, and get
+    faster or slower, from one version to the next.
+    """
+    row = {**_key(problem), "plan": plan.to_json()}
+    if _uses_cusparselt(plan):
+        row["cusparselt"] = versions()["cusparselt"]
+    return row
+
+
+def find(problem: Problem) -> Plan | None:
+    """The shipped plan for this GPU's family, shape, dtype and cuSPARSELt, if there is one."""
+    key = _key(problem)
+    for table in tables():
+        if not problem.gpu.startswith(table["family"]):
+            continue
+        for row in table["plans"]:
+            if {name: row[name] for name in key} == key:
+                return _plan_here(row)
+    return None
+
+
+@functools.cache
+def tables() -> list[dict[str, Any]]:
+    """Every shipped table."""
+    folder = resources.files("cast_serve.kernels") / "tables"
+    return [
+        json.loads(file.read_text())
+        for file in sorted(folder.iterdir(), key=lambda file: file.name)
+        if file.name.endswith(".json")
+    ]
+
+
+def _plan_here(row: dict[str, Any]) -> Plan | None:
+    plan = Plan.from_json(row["plan"])
+    if _uses_cusparselt(plan) and row.get("cusparselt") != versions()["cusparselt"]:
+        return None
+    return plan
+
+
+def _uses_cusparselt(plan: Plan) -> bool:
+    return any(row.kernel == cusparselt.SPEC.name for row in plan.rows)
+
+
+def _key(problem: Problem) -> dict[str, Any]:
+    dtype = str(problem.dtype).removeprefix("torch.")
+    return {"N": problem.N, "K": problem.K, "dtype": dtype}

@@ -1,0 +1,546 @@
+// y[M, N] = x[M, K] @ W[N, K].T + bias, W 2:4, on Hopper: wgmma.mma_async.sp fed by TMA.
+//
+//   Roles    The weight is the sparse operand A (64 rows an instruction), the tokens are B
+//            (TOKENS an instruction). One warp loads; GROUPS warpgroups compute, each
+//            TILES x 64 rows of the weight against the same TOKENS tokens.
+//   Stage    WIDTH bytes of a row of x: values [ROWS, WIDTH/2 bytes], x [TOKENS, WIDTH bytes],
+//            metadata [ROWS/64, words, 128].
+//   Cluster  SPLIT > 1: the CTAs of a cluster each take a part of K and add their partial sums
+//            through distributed shared memory, in rank order, so results do not vary.
+//            SHARE > 1: the CTAs of a cluster take neighbouring rows of the weight and load each
+//            tile of x once for all of them (TMA multicast).
+//   Source   PTX ISA 8.x: "wgmma.mma_async.sp", "Matrix-Descriptor Format", "Tensor copy".
+//
+// Defined by wgmma_sp_source.py: GROUPS TILES TOKENS WIDTH STAGES SPLIT SHARE CTAS_PER_SM;
+// ELEMENT_BYTES, STEPS_A_WORD and OUTPUT_IS_BF16, of the element type; COMPUTE_REGISTERS and
+// LOAD_REGISTERS a thread of either role, or 0 to leave them equal. instruction.cuh, made there too,
+// holds wgmma_sp<SELECTOR>() for TOKENS and the element type.
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef unsigned short u16;
+
+struct alignas(64) TensorMap {
+    char opaque[128];
+};
+
+constexpr int ROWS = GROUPS * TILES * 64;
+constexpr int ACCUMULATORS = TOKENS / 2;
+constexpr int COLUMNS = WIDTH / ELEMENT_BYTES;   // of K a stage
+constexpr int STEPS = WIDTH / 64;                // instructions along K a stage
+constexpr int META_WORDS = STEPS / STEPS_A_WORD;  // of a thread and 64 rows a stage
+constexpr int COMPUTE_WARPS = GROUPS * 4;
+// Registers move between whole warpgroups only, so the loading warp then has three idle ones beside it.
+constexpr int THREADS = COMPUTE_WARPS * 32 + (COMPUTE_REGISTERS ? 128 : 32);
+constexpr int CLUSTER = SPLIT * SHARE;
+
+// A row of a box is 128 bytes, the widest swizzle; of values 64 where a stage has no more.
+constexpr int VALUES_ROW = WIDTH == 128 ? 64 : 128;
+constexpr int VALUES_BOXES = WIDTH / 2 / VALUES_ROW;
+constexpr int VALUES_BOX = ROWS * VALUES_ROW;
+constexpr int X_BOXES = WIDTH / 128;
+constexpr int X_BOX = TOKENS * 128;
+
+constexpr int VALUES_BYTES = ROWS * WIDTH / 2;
+constexpr int X_BYTES = TOKENS * WIDTH;
+constexpr int META_BYTES = ROWS / 64 * META_WORDS * 512;
+constexpr int STAGE_BYTES = VALUES_BYTES + X_BYTES + META_BYTES;
+
+constexpr int X_AT = STAGES * VALUES_BYTES;
+constexpr int META_AT = X_AT + STAGES * X_BYTES;
+constexpr int BARRIERS_AT = META_AT + STAGES * META_BYTES;
+constexpr int STAGING_AT = BARRIERS_AT + ((2 * STAGES * 8 + 127) / 128) * 128;
+constexpr int STAGING_TOKENS = TOKENS % 32 == 0 ? 32 : TOKENS % 16 == 0 ? 16 : 8;
+constexpr int STAGING_BYTES = STAGING_TOKENS * 128;  // a warpgroup's
+// +4 floats: the 8 rows x 4 token pairs that a warp writes at once fall into 32 banks.
+constexpr int PARTIAL_STRIDE = ROWS + 4;
+
+static_assert(SPLIT == 1 || SHARE == 1, "a cluster splits K or shares x, not both");
+static_assert(SPLIT == 1 || TOKENS * PARTIAL_STRIDE * 4 <= BARRIERS_AT, "partial sums reuse the stages");
+
+// L2 policies, as createpolicy.fractional gives them.
+constexpr u64 EVICT_FIRST = 0x12F0000000000000ull;
+constexpr u64 EVICT_NORMAL = 0x1000000000000000ull;
+constexpr u64 EVICT_LAST = 0x14F0000000000000ull;
+
+#define DEVICE __device__ __forceinline__
+
+DEVICE u32 shared_address(const void* pointer) { return static_cast<u32>(__cvta_generic_to_shared(pointer)); }
+
+DEVICE u32 cluster_rank() {
+    u32 rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+DEVICE u32 remote_address(u32 address, u32 rank) {
+    u32 remote;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+    return remote;
+}
+
+// All threads of the cluster meet; what they wrote to shared memory is visible to each other after it.
+DEVICE void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// They meet only: no wait for memory.
+DEVICE void cluster_meet() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+DEVICE void barrier_init(u32 barrier, u32 arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
+}
+
+DEVICE void barrier_expect(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+DEVICE void barrier_arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+DEVICE void barrier_arrive_remote(u32 barrier, u32 rank) {
+    // Not .release.cluster: that waits for all memory traffic of the thread (2x slower as a whole), and
+    // nothing was written that the other side reads.
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(remote_address(barrier, rank)) : "memory");
+}
+
+DEVICE void barrier_wait(u32 barrier, u32 parity) {
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "AGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@done bra READY;\nbra AGAIN;\nREADY:\n}" ::"r"(barrier), "r"(parity)
+        : "memory");
+}
+
+DEVICE void group_sync(int group) { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); }
+
+// A map is 128 bytes of parameters that the copy engine would fetch at its first load.
+DEVICE void prefetch_map(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
+
+DEVICE void load_2d(u32 to, const TensorMap* map, u32 barrier, int column, int row, u64 policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to), "l"(map), "r"(barrier), "r"(column), "r"(row), "l"(policy)
+        : "memory");
+}
+
+DEVICE void load_2d_multicast(u32 to, const TensorMap* map, u32 barrier, int column, int row, u16 ctas, u64 policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+        ".L2::cache_hint [%0], [%1, {%3, %4}], [%2], %5, %6;" ::"r"(to), "l"(map), "r"(barrier), "r"(column),
+        "r"(row), "h"(ctas), "l"(policy)
+        : "memory");
+}
+
+DEVICE void load_3d(u32 to, const TensorMap* map, u32 barrier, int x, int y, int z, u64 policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(to), "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "l"(policy)
+        : "memory");
+}
+
+// K-major operand with rows of `row_bytes`, swizzled to their width: 8 rows to the next group of 8.
+DEVICE u64 matrix_descriptor(u32 address, int row_bytes) {
+    u64 swizzle = row_bytes == 128 ? 1 : 2;
+    return (u64)((address & 0x3FFFF) >> 4) | 1ull << 16 | (u64)(row_bytes * 8 >> 4) << 32 | swizzle << 62;
+}
+
+#include "instruction.cuh"
+
+// Two floats as two 16-bit values, the first in the low half.
+DEVICE u32 pack_pair(float first, float second) {
+    u32 packed;
+#if OUTPUT_IS_BF16
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(second), "f"(first));
+#else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(second), "f"(first));
+#endif
+    return packed;
+}
+
+DEVICE float to_float(u16 bits) {
+    float value;
+#if OUTPUT_IS_BF16
+    value = __uint_as_float((u32)bits << 16);
+#else
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+#endif
+    return value;
+}
+
+struct Tile {
+    int row, token;
+};
+
+// Tiles in bands of 8 token tiles: the ~132 tiles at work read few enough different rows of x and W
+// for L2 to serve both, however large M is.
+DEVICE Tile tile_at(int index, int row_tiles, int token_tiles) {
+    constexpr int BAND = 8;
+    int band = index / (BAND * row_tiles);
+    int width = min(BAND, token_tiles - band * BAND);
+    int inside = index - band * BAND * row_tiles;
+    return {inside / width, band * BAND + inside % width};
+}
+
+// A position in the ring of stages.
+struct Cursor {
+    int stage = 0;
+    u32 parity = 0;
+
+    DEVICE void advance() {
+        if (++stage == STAGES) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+struct Ring {
+    u32 base;
+
+    DEVICE u32 values(int stage) const { return base + stage * VALUES_BYTES; }
+    DEVICE u32 x(int stage) const { return base + X_AT + stage * X_BYTES; }
+    DEVICE u32 meta(int stage) const { return base + META_AT + stage * META_BYTES; }
+    DEVICE u32 full(int stage) const { return base + BARRIERS_AT + stage * 8; }
+    DEVICE u32 empty(int stage) const { return base + BARRIERS_AT + (STAGES + stage) * 8; }
+};
+
+struct Loads {
+    const TensorMap *values_map, *meta_map, *x_map;
+    Ring ring;
+    u32 rank;
+    u64 weight_policy;
+
+    DEVICE void weight(int stage, int row, int k) const {
+        barrier_expect(ring.full(stage), STAGE_BYTES);
+#pragma unroll
+        for (int box = 0; box < VALUES_BOXES; ++box)
+            load_2d(ring.values(stage) + box * VALUES_BOX, values_map, ring.full(stage),
+                    k * (COLUMNS / 2) + box * (VALUES_ROW / ELEMENT_BYTES), row * ROWS, weight_policy);
+        load_3d(ring.meta(stage), meta_map, ring.full(stage), 0, k * META_WORDS, row * (ROWS / 64), weight_policy);
+    }
+
+    DEVICE void x(int stage, int token, int k) const {
+#pragma unroll
+        for (int box = 0; box < X_BOXES; ++box) {
+            int column = k * COLUMNS + box * (128 / ELEMENT_BYTES);
+            if constexpr (SHARE == 1) {
+                load_2d(ring.x(stage) + box * X_BOX, x_map, ring.full(stage), column, token * TOKENS, EVICT_LAST);
+            } else {
+                // Each CTA loads its share of the tokens, for all of the cluster.
+                constexpr int PART = TOKENS / SHARE;
+                load_2d_multicast(ring.x(stage) + box * X_BOX + rank * PART * 128, x_map, ring.full(stage), column,
+                                  token * TOKENS + rank * PART, (1 << SHARE) - 1, EVICT_LAST);
+            }
+        }
+    }
+};
+
+// This thread's words of metadata, of every tile and along K.
+typedef u32 Meta[TILES][META_WORDS];
+
+DEVICE void load_meta(Meta& meta, u32 address) {
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile)
+#pragma unroll
+        for (int word = 0; word < META_WORDS; ++word)
+            asm volatile("ld.shared.u32 %0, [%1];"
+                         : "=r"(meta[tile][word])
+                         : "r"(address + (tile * META_WORDS + word) * 512));
+}
+
+// The instructions read their metadata registers while they run: they must stay until the wait.
+DEVICE void keep(Meta& meta) {
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile)
+#pragma unroll
+        for (int word = 0; word < META_WORDS; ++word) asm volatile("" ::"r"(meta[tile][word]));
+}
+
+DEVICE void multiply(float (&sums)[TILES][ACCUMULATORS], Meta& meta, u32 values, u32 x) {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+        // A step is 64 bytes of a row of x and the 32 bytes of values kept of as many columns.
+        int values_at = step * 32 / VALUES_ROW * VALUES_BOX + step * 32 % VALUES_ROW;
+        int x_at = step / 2 * X_BOX + step % 2 * 64;
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile) {
+            u64 a = matrix_descriptor(values + tile * 64 * VALUES_ROW + values_at, VALUES_ROW);
+            u64 b = matrix_descriptor(x + x_at, 128);
+            if (step % STEPS_A_WORD == 0)
+                wgmma_sp<0>(sums[tile], a, b, meta[tile][step / STEPS_A_WORD]);
+            else
+                wgmma_sp<1>(sums[tile], a, b, meta[tile][step / STEPS_A_WORD]);
+        }
+    }
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+template <int PENDING>
+DEVICE void multiply_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+DEVICE void store_matrices(u32 to, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b),
+                 "r"(c), "r"(d)
+                 : "memory");
+}
+
+DEVICE void store_matrices(u32 to, u32 a, u32 b) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(to), "r"(a), "r"(b) : "memory");
+}
+
+// 64 rows x TOKENS of sums to y, through this warpgroup's staging: an accumulator holds two tokens of
+// one row, a row of y has consecutive weight rows, so stmatrix transposes.
+DEVICE void store_tile(float (&sums)[ACCUMULATORS], u32 staging, int group, const u16* bias, u16* y, int row,
+                       int token, int M, int N) {
+    int thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32;
+    int bias_row = row + warp * 16 + lane / 4;
+    float low = bias && bias_row < N ? to_float(bias[bias_row]) : 0.f;
+    float high = bias && bias_row + 8 < N ? to_float(bias[bias_row + 8]) : 0.f;
+    // Lane l gives the address of row l % 8 of matrix l / 8; matrices: (tokens, rows), (tokens, rows + 8),
+    // then the next 8 tokens.
+    int matrix_token = lane / 16 * 8 + lane % 8;
+    int chunk = warp * 2 + lane / 8 % 2;
+#pragma unroll
+    for (int first = 0; first < TOKENS; first += STAGING_TOKENS) {
+        if (token + first >= M) break;
+        group_sync(group);
+#pragma unroll
+        for (int at = 0; at < STAGING_TOKENS; at += 16) {
+            float* d = &sums[(first + at) / 2];
+            u32 a = pack_pair(d[0] + low, d[1] + low), b = pack_pair(d[2] + high, d[3] + high);
+            // 16-byte chunks are swizzled by the token, so neither side has bank conflicts.
+            u32 to = staging + (at + matrix_token) * 128 + ((chunk ^ matrix_token % 8) * 16);
+            if constexpr (TOKENS % 16 == 0) {
+                u32 c = pack_pair(d[4] + low, d[5] + low), e = pack_pair(d[6] + high, d[7] + high);
+                store_matrices(to, a, b, c, e);
+            } else {
+                static_assert(TOKENS % 16 == 0 || TOKENS == 8, "stage 8 tokens or multiples of 16");
+                store_matrices(staging + (lane % 8) * 128 + ((chunk ^ lane % 8) * 16), a, b);
+            }
+        }
+        group_sync(group);
+#pragma unroll
+        for (int index = thread; index < STAGING_TOKENS * 8; index += 128) {
+            int staged = index / 8, piece = index % 8;
+            int at_token = token + first + staged, at_row = row + piece * 8;
+            if (at_token < M && at_row < N) {
+                u32 a, b, c, d;
+                asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                             : "=r"(a), "=r"(b), "=r"(c), "=r"(d)
+                             : "r"(staging + staged * 128 + ((piece ^ staged % 8) * 16)));
+                asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(y + (u64)at_token * N + at_row), "r"(a),
+                             "r"(b), "r"(c), "r"(d)
+                             : "memory");
+            }
+        }
+    }
+}
+
+// This warpgroup's sums into the CTA's partial tile [TOKENS, ROWS] of fp32, for the cluster to read.
+DEVICE void store_partial(float (&sums)[ACCUMULATORS], u32 partial, int row, int live) {
+    int thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32;
+    u32 at = partial + (lane % 4 * 2 * PARTIAL_STRIDE + row + warp * 16 + lane / 4) * 4;
+#pragma unroll
+    for (int block = 0; block < TOKENS / 8; ++block) {
+        if (block * 8 >= live) break;
+        float* d = &sums[block * 4];
+        u32 to = at + block * 8 * PARTIAL_STRIDE * 4;
+        asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(d[0]) : "memory");
+        asm volatile("st.shared.f32 [%0], %1;" ::"r"(to + PARTIAL_STRIDE * 4), "f"(d[1]) : "memory");
+        asm volatile("st.shared.f32 [%0], %1;" ::"r"(to + 32), "f"(d[2]) : "memory");
+        asm volatile("st.shared.f32 [%0], %1;" ::"r"(to + PARTIAL_STRIDE * 4 + 32), "f"(d[3]) : "memory");
+    }
+}
+
+// Each CTA of the cluster adds and stores its share of the tile, four rows of one token a thread.
+DEVICE void reduce_partials(u32 partial, u32 rank, const u16* bias, u16* y, int row, int token, int live, int N) {
+    constexpr int QUADS = ROWS / 4;
+    for (int index = rank * THREADS + threadIdx.x; index < live * QUADS; index += SPLIT * THREADS) {
+        int at_token = index / QUADS, at_row = index % QUADS * 4;
+        if (row + at_row >= N) continue;
+        u32 address = partial + (at_token * PARTIAL_STRIDE + at_row) * 4;
+        float part[SPLIT][4];
+#pragma unroll
+        for (int other = 0; other < SPLIT; ++other)
+            asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                         : "=f"(part[other][0]), "=f"(part[other][1]), "=f"(part[other][2]), "=f"(part[other][3])
+                         : "r"(remote_address(address, other)));
+        float sum[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            sum[i] = part[0][i];
+#pragma unroll
+            for (int other = 1; other < SPLIT; ++other) sum[i] += part[other][i];
+            if (bias) sum[i] += to_float(bias[row + at_row + i]);
+        }
+        asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(y + (u64)(token + at_token) * N + row + at_row),
+                     "r"(pack_pair(sum[0], sum[1])), "r"(pack_pair(sum[2], sum[3]))
+                     : "memory");
+    }
+}
+
+#if SPLIT * SHARE > 1
+#define ATTRIBUTES __launch_bounds__(THREADS, CTAS_PER_SM) __cluster_dims__(CLUSTER, 1, 1)
+#else
+#define ATTRIBUTES __launch_bounds__(THREADS, CTAS_PER_SM)
+#endif
+
+// values_map: [N, K/2] 16-bit; meta_map: [ceil(N/64), K/64 padded, 128] 32-bit; x_map: [M, K] 16-bit.
+// N % 16 == 0; bias [N] or null; y [M, N] contiguous. K beyond the tensors reads as zero.
+extern "C" __global__ void ATTRIBUTES wgmma_sp(const __grid_constant__ TensorMap values_map,
+                                               const __grid_constant__ TensorMap meta_map,
+                                               const __grid_constant__ TensorMap x_map, const u16* bias, u16* y, int M,
+                                               int N, int K) {
+    extern __shared__ __align__(1024) unsigned char shared[];
+    Ring ring{shared_address(shared)};
+    int warp = threadIdx.x / 32;
+    u32 rank = CLUSTER > 1 ? cluster_rank() : 0;
+
+    if (threadIdx.x == COMPUTE_WARPS * 32) {
+        prefetch_map(&values_map);
+        prefetch_map(&meta_map);
+        prefetch_map(&x_map);
+    }
+    if (threadIdx.x == 0) {
+        for (int stage = 0; stage < STAGES; ++stage) {
+            barrier_init(ring.full(stage), 1);
+            barrier_init(ring.empty(stage), COMPUTE_WARPS * SHARE);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    if constexpr (SHARE > 1)
+        cluster_meet();
+    else
+        __syncthreads();
+
+    int k_tiles = (K + COLUMNS - 1) / COLUMNS;
+    int row_tiles = (N + ROWS * SHARE - 1) / (ROWS * SHARE), token_tiles = (M + TOKENS - 1) / TOKENS;
+    int tiles = row_tiles * token_tiles;
+    int first_tile = blockIdx.x / CLUSTER, stride = gridDim.x / CLUSTER;
+    int k_first = 0, k_end = k_tiles;
+    if constexpr (SPLIT > 1) {
+        k_first = k_tiles * rank / SPLIT;
+        k_end = k_tiles * (rank + 1) / SPLIT;
+    }
+
+    if (warp >= COMPUTE_WARPS) {
+#if COMPUTE_REGISTERS
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(LOAD_REGISTERS));
+#endif
+        if (threadIdx.x == COMPUTE_WARPS * 32) {
+            // One token tile: nobody else reads this part of the weight.
+            Loads loads{&values_map, &meta_map, &x_map, ring, rank, token_tiles == 1 ? EVICT_FIRST : EVICT_NORMAL};
+            Cursor cursor;
+            // The weight does not depend on the kernel before this one; x does.
+            int early = 0;
+            if (first_tile < tiles) {
+                Tile tile = tile_at(first_tile, row_tiles, token_tiles);
+                int row = SHARE > 1 ? tile.row * SHARE + rank : tile.row;
+                early = min(STAGES, k_end - k_first);
+                for (int i = 0; i < early; ++i) loads.weight(i, row, k_first + i);
+                asm volatile("griddepcontrol.wait;" ::: "memory");
+                for (int i = 0; i < early; ++i) loads.x(i, tile.token, k_first + i);
+                for (int i = 0; i < early; ++i) cursor.advance();
+            }
+            for (int index = first_tile; index < tiles; index += stride) {
+                Tile tile = tile_at(index, row_tiles, token_tiles);
+                int row = SHARE > 1 ? tile.row * SHARE + rank : tile.row;
+#pragma unroll 1
+                for (int k = k_first + early; k < k_end; ++k) {
+                    barrier_wait(ring.empty(cursor.stage), cursor.parity ^ 1);
+                    loads.weight(cursor.stage, row, k);
+                    loads.x(cursor.stage, tile.token, k);
+                    cursor.advance();
+                }
+                early = 0;
+            }
+            // This CTA's shared memory must outlive what the others of the cluster send to it: the
+            // last of that is their release of every stage.
+            if constexpr (SHARE > 1) {
+#pragma unroll 1
+                for (int i = 0; i < STAGES; ++i) {
+                    barrier_wait(ring.empty(cursor.stage), cursor.parity ^ 1);
+                    cursor.advance();
+                }
+            }
+        }
+        // Not otherwise: ptxas gives the roles registers of their own only if they never meet again.
+        if constexpr (SPLIT > 1) __syncwarp();
+    } else {
+#if COMPUTE_REGISTERS
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COMPUTE_REGISTERS));
+#endif
+        int group = warp / 4, lane = threadIdx.x % 32;
+        Cursor cursor;
+        Meta even = {}, odd = {};
+        for (int index = first_tile; index < tiles; index += stride) {
+            float sums[TILES][ACCUMULATORS] = {};
+            int before = -1;
+            auto release = [&](int stage) {
+                if constexpr (SHARE == 1) {
+                    if (lane == 0) barrier_arrive(ring.empty(stage));
+                } else {
+                    if (lane < SHARE) barrier_arrive_remote(ring.empty(stage), lane);
+                }
+            };
+            // The stage before this one is released when its instructions are done: one stays in flight.
+            auto step = [&](Meta& meta, Meta& meta_before) {
+                barrier_wait(ring.full(cursor.stage), cursor.parity);
+                load_meta(meta, ring.meta(cursor.stage) + group * TILES * META_WORDS * 512 + threadIdx.x % 128 * 4);
+                multiply(sums, meta, ring.values(cursor.stage) + group * TILES * 64 * VALUES_ROW,
+                         ring.x(cursor.stage));
+                multiply_wait<1>();
+                keep(meta_before);
+                if (before >= 0) release(before);
+                before = cursor.stage;
+                cursor.advance();
+            };
+            int k = k_first;
+            for (; k + 1 < k_end; k += 2) {
+                step(even, odd);
+                step(odd, even);
+            }
+            if (k < k_end) step(even, odd);
+            multiply_wait<0>();
+            keep(even);
+            keep(odd);
+#pragma unroll
+            for (int tile = 0; tile < TILES; ++tile)
+#pragma unroll
+                for (int i = 0; i < ACCUMULATORS; ++i) asm volatile("" : "+f"(sums[tile][i])::"memory");
+            if (before >= 0) release(before);
+
+            Tile tile = tile_at(index, row_tiles, token_tiles);
+            int token = tile.token * TOKENS;
+            if constexpr (SPLIT == 1) {
+                int row = (SHARE > 1 ? tile.row * SHARE + rank : tile.row) * ROWS + group * TILES * 64;
+                u32 staging = ring.base + STAGING_AT + group * STAGING_BYTES;
+#pragma unroll
+                for (int i = 0; i < TILES; ++i)
+                    store_tile(sums[i], staging, group, bias, y, row + i * 64, token, M, N);
+            } else {
+                // The partial sums take the place of the stages: all warps must be done with those.
+                asm volatile("bar.sync 15, %0;" ::"n"(COMPUTE_WARPS * 32) : "memory");
+#pragma unroll
+                for (int i = 0; i < TILES; ++i)
+                    store_partial(sums[i], ring.base, (group * TILES + i) * 64, min(TOKENS, M - token));
+            }
+        }
+    }
+
+    if constexpr (SPLIT > 1) {
+        cluster_sync();
+        Tile tile = tile_at(first_tile, row_tiles, token_tiles);
+        int token = tile.token * TOKENS;
+        reduce_partials(ring.base, rank, bias, y, tile.row * ROWS, token, min(TOKENS, M - token), N);
+        // A CTA's shared memory must outlive the others' reads of it.
+        cluster_meet();
+    }
+}

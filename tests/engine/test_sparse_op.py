@@ -1,0 +1,80 @@
+"""cast_serve::linear_2of4 under the real engine: on a CPU with its fp32 reference as the kernel."""
+
+import json
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+from engine_process import Answer, Engine, EngineError
+
+from cast_serve.model_loaders.convert import convert
+
+pytestmark = pytest.mark.engine
+
+# vLLM sets up its own loggers only.
+LOGGING = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "handlers": {"stderr": {"class": "logging.StreamHandler", "stream": "ext://sys.stderr"}},
+    "loggers": {"cast_serve": {"level": "INFO", "handlers": ["stderr"]}},
+}
+
+
+@pytest.fixture(scope="module")
+def sparse_engine(tmp_path_factory) -> Iterator[Engine]:
+    """An engine whose 2:4 layers stay packed."""
+    folder = tmp_path_factory.mktemp("sparse")
+    (folder / "logging.json").write_text(json.dumps(LOGGING))
+    environment = {
+        "CAST_SERVE_KERNEL": "reference",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_CONFIG_PATH": str(folder / "logging.json"),
+    }
+    running = Engine(folder / "stderr", environment)
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="module")
+def packed(stored, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sparse") / "packed"
+    convert(stored("llama"), folder, to="packed")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def float32(engine, stored) -> Callable[[str], Answer]:
+    """What stock vLLM answers in float32, where the order of sums does not show."""
+    return cache(lambda architecture: engine(stored(architecture), dtype="float32"))
+
+
+def test_sparse_op(sparse_engine, float32, packed):
+    mark = len(sparse_engine.log.read_text())
+    sparse_engine(packed, dtype="float32").assert_equals(float32("llama"))
+    # gate_up_proj of both blocks: a shape is named once.
+    said = '2:4 layers [512, 128] stay packed: [[null, "reference", "fp32"]]'
+    assert sparse_engine.log_since(mark).count(said) == 1
+
+
+def test_sparse_op_in_bfloat16(sparse_engine, oracle, packed):
+    """Greedy tokens only: the reference rounds once, oneDNN does not."""
+    assert sparse_engine(packed).tokens == oracle("llama").tokens
+
+
+def test_sparse_op_compiled(sparse_engine, float32, packed):
+    answer = sparse_engine(packed, dtype="float32", enforce_eager=False)
+    answer.assert_equals(float32("llama"))
+
+
+def test_sparse_op_with_bias(sparse_engine, float32, stored, tmp_path):
+    convert(stored("opt"), tmp_path / "packed", to="packed")
+    sparse_engine(tmp_path / "packed", dtype="float32").assert_equals(float32("opt"))
+
+
+def test_gpu_kernel_on_a_cpu(packed, tmp_path):
+    environment = {"CAST_SERVE_KERNEL": "mma_sp", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    running = Engine(tmp_path / "stderr", environment)
+    with pytest.raises(EngineError, match="CAST_SERVE_KERNEL=mma_sp needs a GPU"):
+        running(packed)
+    running.close()

@@ -1,0 +1,171 @@
+"""What is chosen for a layer, in which order, and what is said where nothing can be."""
+
+import logging
+import time
+
+import pytest
+import torch
+from layers import GPU, problem
+
+from bench.shapes import SHAPES
+from cast_serve.kernels import cache, shipped, tune
+from cast_serve.kernels.plan import BUCKETS, Plan
+from cast_serve.kernels.problem import Problem
+from cast_serve.kernels.registry import KERNELS, LAYOUT_NAMES
+from cast_serve.kernels.selection import NoKernel, plan_for, warm
+
+pytestmark = pytest.mark.usefixtures("forget_plans", "empty_user_cache")
+
+LAYERS = sorted({(layer.N, layer.K) for layers in SHAPES.values() for layer in layers})
+
+
+def first_guess(kernel: str) -> Plan:
+    return Plan.of({1: (kernel, KERNELS[kernel].configs(problem(), 1)[0])})
+
+
+@pytest.mark.parametrize("kernel", ["mma_sp", "wgmma_sp"])
+@pytest.mark.parametrize(("N", "K"), LAYERS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_kernels_support_the_layers_of_real_models(kernel, N, K, dtype):
+    assert KERNELS[kernel].supports(problem(N, K, dtype=dtype)) is None
+
+
+@pytest.mark.parametrize("kernel", ["mma_sp", "wgmma_sp"])
+@pytest.mark.parametrize(("N", "K"), [*LAYERS, (16, 64), (16, 576), (48, 11008)])
+def test_kernels_have_a_config_for_every_M(kernel, N, K):
+    shape = problem(N, K)
+    assert KERNELS[kernel].supports(shape) is None
+    assert all(KERNELS[kernel].configs(shape, M) for M in (*BUCKETS, 65536))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("capability", [(10, 0), (12, 0)])
+def test_blackwell_is_refused(kernel, capability):
+    assert "sm_1" in KERNELS[kernel].supports(problem(capability=capability))
+
+
+def test_no_kernel_names_each_ones_reason():
+    with pytest.raises(NoKernel) as caught:
+        plan_for(problem(N=100, K=1000))
+    lines = str(caught.value).splitlines()
+    assert lines[0] == f"no 2:4 kernel for N=100 K=1000 bfloat16 on {GPU} (sm_90)"
+    assert [line.strip().split(":")[0] for line in lines[1:]] == list(KERNELS)
+    assert all("N=100 is not a multiple" in line or "K=1000" in line for line in lines[1:])
+
+
+def test_forced_kernel(monkeypatch):
+    monkeypatch.setenv("CAST_SERVE_KERNEL", "mma_sp")
+    plan = plan_for(problem())
+    assert {row.kernel for row in plan.rows} == {"mma_sp"}
+    assert plan.choice(64).config == KERNELS["mma_sp"].configs(problem(), 64)[0]
+
+
+def test_forced_config(monkeypatch):
+    config = KERNELS["mma_sp"].configs(problem(), 1)[-1]
+    monkeypatch.setenv("CAST_SERVE_KERNEL", f"mma_sp:{config}")
+    assert plan_for(problem()).to_json() == [[None, "mma_sp", config]]
+
+
+def test_forced_kernel_that_there_is_not(monkeypatch):
+    monkeypatch.setenv("CAST_SERVE_KERNEL", "marlin")
+    names = ", ".join([*KERNELS, "reference"])
+    with pytest.raises(ValueError, match=f"no kernel 'marlin'; NAME is one of {names}"):
+        plan_for(problem())
+
+
+def test_forced_config_that_there_is_not(monkeypatch):
+    monkeypatch.setenv("CAST_SERVE_KERNEL", "mma_sp:huge")
+    known = KERNELS["mma_sp"].configs(problem(), 1)[0]
+    with pytest.raises(ValueError, match=rf"mma_sp:huge: no such config .*{known}"):
+        plan_for(problem())
+
+
+def test_forced_kernel_that_does_not_support_the_layer(monkeypatch):
+    """It is no NoKernel, for which a layer would quietly run dense."""
+    monkeypatch.setenv("CAST_SERVE_KERNEL", "mma_sp")
+    with pytest.raises(ValueError, match=r"mma_sp does not run .*sm_75") as caught:
+        plan_for(problem(capability=(7, 5)))
+    assert not isinstance(caught.value, NoKernel)
+
+
+def test_shipped_tables():
+    """Every plan is one that this version can run."""
+    for table in shipped.tables():
+        for row in table["plans"]:
+            plan = Plan.from_json(row["plan"])
+            shape = problem(row["N"], row["K"], dtype=getattr(torch, row["dtype"]))
+            for choice in plan.rows:
+                # cuSPARSELt's algorithms are known on the GPU only.
+                if choice.kernel == "cusparselt":
+                    continue
+                M = choice.max_M or BUCKETS[-1]
+                assert choice.config in KERNELS[choice.kernel].configs(shape, M)
+            assert len(plan.layouts) <= tune.MAX_LAYOUTS
+
+
+def ship(monkeypatch: pytest.MonkeyPatch, row: dict) -> None:
+    table = {"family": "NVIDIA Grasshopper", "plans": [row]}
+    monkeypatch.setattr(shipped, "tables", lambda: [table])
+
+
+def test_shipped_plan_comes_before_measuring(monkeypatch):
+    plan = first_guess("mma_sp")
+    ship(monkeypatch, shipped.row_of(problem(), plan))
+    assert plan_for(problem()) == plan
+    assert shipped.find(problem(N=1024)) is None
+    assert shipped.find(problem(gpu="NVIDIA GB200")) is None
+    assert shipped.find(problem(dtype=torch.float16)) is None
+
+
+def test_shipped_plan_of_another_cusparselt(monkeypatch):
+    """Its algorithms have other numbers there."""
+    plan = Plan.of({1: ("cusparselt", "alg0")})
+    row = shipped.row_of(problem(), plan)
+    ship(monkeypatch, row)
+    assert shipped.find(problem()) == plan
+    ship(monkeypatch, {**row, "cusparselt": "0.6.0"})
+    assert shipped.find(problem()) is None
+
+
+def test_shipped_plan_of_a_kernel_that_does_not_run_here(monkeypatch, caplog):
+    """The measured plan on disk is used, and the reason is said."""
+    ship(monkeypatch, shipped.row_of(problem(), Plan.of({1: ("cusparselt", "alg0")})))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    plan = first_guess("mma_sp")
+    cache.write(problem(), plan)
+    with caplog.at_level(logging.WARNING):
+        assert plan_for(problem()) == plan
+    assert "is not used" in caplog.text
+    assert "cusparselt: torch sees no CUDA device" in caplog.text
+
+
+def test_cached_plan_is_used():
+    plan = first_guess("mma_sp")
+    cache.write(problem(), plan)
+    assert plan_for(problem()) == plan
+
+
+def test_layout_names_are_the_kernels_own():
+    assert set(LAYOUT_NAMES) == {spec.metadata for spec in KERNELS.values()} | {"mask"}
+
+
+@pytest.mark.gpu
+def test_measured_plan(forget_plans):
+    here = Problem.on(torch.device("cuda"), N=768, K=1280, dtype=torch.bfloat16)
+    started = time.monotonic()
+    plan = plan_for(here)
+    # The budget, and what runs over it: first guesses, and the last config begun in a bucket.
+    assert time.monotonic() - started < 5 * tune.BUDGET_S
+    assert len(plan.layouts) <= tune.MAX_LAYOUTS
+    written = cache.path_of(here).stat().st_mtime_ns
+    forget_plans()
+    assert plan_for(here) == plan
+    assert cache.path_of(here).stat().st_mtime_ns == written
+
+
+@pytest.mark.gpu
+def test_measuring_while_capturing_is_refused():
+    here = Problem.on(torch.device("cuda"), N=768, K=1344, dtype=torch.bfloat16)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), pytest.raises(tune.TuningError, match=r"call .*warm\("):
+        warm(here, torch.device("cuda", torch.cuda.current_device()))
