@@ -5,10 +5,10 @@
 //            TILES x 64 rows of the weight against the same TOKENS tokens.
 //   Stage    WIDTH bytes of a row of x: values [ROWS, WIDTH/2 bytes], x [TOKENS, WIDTH bytes],
 //            metadata [ROWS/64, words, 128].
-//   Cluster  SPLIT > 1: the CTAs of a cluster each take a part of K and add their partial sums
-//            through distributed shared memory, in rank order, so results do not vary.
-//            SHARE > 1: the CTAs of a cluster take neighbouring rows of the weight and load each
-//            tile of x once for all of them (TMA multicast).
+//   Cluster  SPLIT x SHARE CTAs; CTA `rank` is member rank % SHARE of part rank / SHARE.
+//            The parts each take a piece of K and add their sums through distributed shared memory,
+//            in order, so results do not vary. The members of a part take neighbouring rows of the
+//            weight and load each tile of x once for all of them (TMA multicast).
 //   Source   PTX ISA 8.x: "wgmma.mma_async.sp", "Matrix-Descriptor Format", "Tensor copy".
 //
 // Defined by wgmma_sp_source.py: GROUPS TILES TOKENS WIDTH STAGES SPLIT SHARE CTAS_PER_SM;
@@ -55,7 +55,7 @@ constexpr int STAGING_BYTES = STAGING_TOKENS * 128;  // a warpgroup's
 // +4 floats: the 8 rows x 4 token pairs that a warp writes at once fall into 32 banks.
 constexpr int PARTIAL_STRIDE = ROWS + 4;
 
-static_assert(SPLIT == 1 || SHARE == 1, "a cluster splits K or shares x, not both");
+static_assert(CLUSTER <= 8, "larger clusters do not fit every GPU");
 static_assert(SPLIT == 1 || TOKENS * PARTIAL_STRIDE * 4 <= BARRIERS_AT, "partial sums reuse the stages");
 
 // L2 policies, as createpolicy.fractional gives them.
@@ -211,7 +211,7 @@ struct Ring {
 struct Loads {
     const TensorMap *values_map, *meta_map, *x_map;
     Ring ring;
-    u32 rank;
+    u32 part, member;
     u64 weight_policy;
 
     DEVICE void weight(int stage, int row, int k) const {
@@ -230,10 +230,10 @@ struct Loads {
             if constexpr (SHARE == 1) {
                 load_2d(ring.x(stage) + box * X_BOX, x_map, ring.full(stage), column, token * TOKENS, EVICT_LAST);
             } else {
-                // Each CTA loads its share of the tokens, for all of the cluster.
-                constexpr int PART = TOKENS / SHARE;
-                load_2d_multicast(ring.x(stage) + box * X_BOX + rank * PART * 128, x_map, ring.full(stage), column,
-                                  token * TOKENS + rank * PART, (1 << SHARE) - 1, EVICT_LAST);
+                // Each member loads a piece of the tokens, for all members.
+                constexpr int PIECE = TOKENS / SHARE;
+                load_2d_multicast(ring.x(stage) + box * X_BOX + member * PIECE * 128, x_map, ring.full(stage), column,
+                                  token * TOKENS + member * PIECE, ((1 << SHARE) - 1) << part * SHARE, EVICT_LAST);
             }
         }
     }
@@ -359,25 +359,26 @@ DEVICE void store_partial(float (&sums)[ACCUMULATORS], u32 partial, int row, int
     }
 }
 
-// Each CTA of the cluster adds and stores its share of the tile, four rows of one token a thread.
-DEVICE void reduce_partials(u32 partial, u32 rank, const u16* bias, u16* y, int row, int token, int live, int N) {
+// The CTAs that have parts of the same tile each add and store some of it, four rows of one token a thread.
+DEVICE void reduce_partials(u32 partial, u32 part, u32 member, const u16* bias, u16* y, int row, int token, int live,
+                            int N) {
     constexpr int QUADS = ROWS / 4;
-    for (int index = rank * THREADS + threadIdx.x; index < live * QUADS; index += SPLIT * THREADS) {
+    for (int index = part * THREADS + threadIdx.x; index < live * QUADS; index += SPLIT * THREADS) {
         int at_token = index / QUADS, at_row = index % QUADS * 4;
         if (row + at_row >= N) continue;
         u32 address = partial + (at_token * PARTIAL_STRIDE + at_row) * 4;
-        float part[SPLIT][4];
+        float sums[SPLIT][4];
 #pragma unroll
         for (int other = 0; other < SPLIT; ++other)
             asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                         : "=f"(part[other][0]), "=f"(part[other][1]), "=f"(part[other][2]), "=f"(part[other][3])
-                         : "r"(remote_address(address, other)));
+                         : "=f"(sums[other][0]), "=f"(sums[other][1]), "=f"(sums[other][2]), "=f"(sums[other][3])
+                         : "r"(remote_address(address, other * SHARE + member)));
         float sum[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            sum[i] = part[0][i];
+            sum[i] = sums[0][i];
 #pragma unroll
-            for (int other = 1; other < SPLIT; ++other) sum[i] += part[other][i];
+            for (int other = 1; other < SPLIT; ++other) sum[i] += sums[other][i];
             if (bias) sum[i] += to_float(bias[row + at_row + i]);
         }
         asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(y + (u64)(token + at_token) * N + row + at_row),
@@ -402,6 +403,7 @@ extern "C" __global__ void ATTRIBUTES wgmma_sp(const __grid_constant__ TensorMap
     Ring ring{shared_address(shared)};
     int warp = threadIdx.x / 32;
     u32 rank = CLUSTER > 1 ? cluster_rank() : 0;
+    u32 part = rank / SHARE, member = rank % SHARE;
 
     if (threadIdx.x == COMPUTE_WARPS * 32) {
         prefetch_map(&values_map);
@@ -426,8 +428,8 @@ extern "C" __global__ void ATTRIBUTES wgmma_sp(const __grid_constant__ TensorMap
     int first_tile = blockIdx.x / CLUSTER, stride = gridDim.x / CLUSTER;
     int k_first = 0, k_end = k_tiles;
     if constexpr (SPLIT > 1) {
-        k_first = k_tiles * rank / SPLIT;
-        k_end = k_tiles * (rank + 1) / SPLIT;
+        k_first = k_tiles * part / SPLIT;
+        k_end = k_tiles * (part + 1) / SPLIT;
     }
 
     if (warp >= COMPUTE_WARPS) {
@@ -436,13 +438,13 @@ extern "C" __global__ void ATTRIBUTES wgmma_sp(const __grid_constant__ TensorMap
 #endif
         if (threadIdx.x == COMPUTE_WARPS * 32) {
             // One token tile: nobody else reads this part of the weight.
-            Loads loads{&values_map, &meta_map, &x_map, ring, rank, token_tiles == 1 ? EVICT_FIRST : EVICT_NORMAL};
+            Loads loads{&values_map, &meta_map, &x_map, ring, part, member, token_tiles == 1 ? EVICT_FIRST : EVICT_NORMAL};
             Cursor cursor;
             // The weight does not depend on the kernel before this one; x does.
             int early = 0;
             if (first_tile < tiles) {
                 Tile tile = tile_at(first_tile, row_tiles, token_tiles);
-                int row = SHARE > 1 ? tile.row * SHARE + rank : tile.row;
+                int row = tile.row * SHARE + member;
                 early = min(STAGES, k_end - k_first);
                 for (int i = 0; i < early; ++i) loads.weight(i, row, k_first + i);
                 asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -451,7 +453,7 @@ extern "C" __global__ void ATTRIBUTES wgmma_sp(const __grid_constant__ TensorMap
             }
             for (int index = first_tile; index < tiles; index += stride) {
                 Tile tile = tile_at(index, row_tiles, token_tiles);
-                int row = SHARE > 1 ? tile.row * SHARE + rank : tile.row;
+                int row = tile.row * SHARE + member;
 #pragma unroll 1
                 for (int k = k_first + early; k < k_end; ++k) {
                     barrier_wait(ring.empty(cursor.stage), cursor.parity ^ 1);
@@ -487,7 +489,7 @@ extern "C" __global__ void ATTRIBUTES wgmma_sp(const __grid_constant__ TensorMap
                 if constexpr (SHARE == 1) {
                     if (lane == 0) barrier_arrive(ring.empty(stage));
                 } else {
-                    if (lane < SHARE) barrier_arrive_remote(ring.empty(stage), lane);
+                    if (lane < SHARE) barrier_arrive_remote(ring.empty(stage), part * SHARE + lane);
                 }
             };
             // The stage before this one is released when its instructions are done: one stays in flight.
@@ -520,7 +522,7 @@ extern "C" __global__ void ATTRIBUTES wgmma_sp(const __grid_constant__ TensorMap
             Tile tile = tile_at(index, row_tiles, token_tiles);
             int token = tile.token * TOKENS;
             if constexpr (SPLIT == 1) {
-                int row = (SHARE > 1 ? tile.row * SHARE + rank : tile.row) * ROWS + group * TILES * 64;
+                int row = (tile.row * SHARE + member) * ROWS + group * TILES * 64;
                 u32 staging = ring.base + STAGING_AT + group * STAGING_BYTES;
 #pragma unroll
                 for (int i = 0; i < TILES; ++i)
@@ -539,7 +541,8 @@ extern "C" __global__ void ATTRIBUTES wgmma_sp(const __grid_constant__ TensorMap
         cluster_sync();
         Tile tile = tile_at(first_tile, row_tiles, token_tiles);
         int token = tile.token * TOKENS;
-        reduce_partials(ring.base, rank, bias, y, tile.row * ROWS, token, min(TOKENS, M - token), N);
+        reduce_partials(ring.base, part, member, bias, y, (tile.row * SHARE + member) * ROWS, token,
+                        min(TOKENS, M - token), N);
         // A CTA's shared memory must outlive the others' reads of it.
         cluster_meet();
     }

@@ -25,55 +25,55 @@ TensorMap = ctypes.Array[ctypes.c_char]
 # By M, up to and including: what won on a layer of Llama-3.1-8B, or came near, and below the gap
 # what small layers need to fill the GPU. "{t}" stands for the smallest token tile that holds M.
 _DECODE = """
-    g1x1-t{t}-w512-k1-o1 g1x1-t{t}-w256-k2-o2 g1x2-t{t}-w256-k1-o1 g1x1-t{t}-w256-k1-o1
-    g1x2-t{t}-w256-k4-o2 g2x1-t{t}-w256-k1-o1 g1x1-t{t}-w512-k2-o1 g2x1-t{t}-w512-k1-o1
-    g1x1-t{t}-w512-k2-o2 g1x1-t{t}-w256-k1-o2 g1x1-t{t}-w256-k4-o3 g1x2-t{t}-w256-k7-o3
-    g1x2-t{t}-w256-k2-o1
+    g1x1-t{t}-w512-k1-o1 g1x1-t{t}-w256-k2-o2 g1x2-t{t}-w256-k1-o1 g1x1-t{t}-w512-k2-o2
+    g1x1-t{t}-w512-k1-o2 g1x1-t{t}-w1024-k1-o1 g1x2-t{t}-w256-k4-o2 g2x1-t{t}-w512-k1-o1
+    g1x1-t{t}-w256-k1-o1 g1x2-t{t}-w256-k2-o1 g1x1-t{t}-w512-k2-o1 g1x1-t{t}-w256-k1-o3
+    g2x1-t{t}-w256-k1-o1 g1x1-t{t}-w256-k1-o2 g1x1-t{t}-w512-k1-o3 g1x2-t{t}-w256-k7-o3
 
-    g1x1-t{t}-w512-k3-o1 g1x1-t{t}-w256-k6-o1 g1x1-t{t}-w256-k4-o2 g1x1-t{t}-w256-k8-o2
+    g1x1-t{t}-w512-k4-o2 g1x1-t{t}-w512-k3-o2 g1x1-t{t}-w256-k4-o3 g1x1-t{t}-w256-k8-o2
 """
 _UP_TO_64 = """
-    g1x1-t64-w256-k1-o1 g1x1-t32-w512-k1-o1 g1x2-t64-w256-k1-o1 g1x2-t64-w256-k1-o2
-    g1x1-t32-w256-k1-o1 g1x2-t32-w256-k1-o1 g2x1-t64-w256-k1-o1 g1x1-t64-w256-k2-o1
-    g1x2-t64-w128-k1-o1 g1x1-t64-w256-k1-o2 g1x1-t64-w512-k1-o1 g1x2-t64-w256-k3-o1
+    g1x1-t64-w256-k1-o1 g1x2-t64-w256-k1-o2 g1x1-t64-w512-k1-o1 g1x1-t64-w256-k2-o1
+    g1x1-t32-w512-k1-o1 g2x1-t64-w256-k2-o1 g2x1-t64-w256-k1-o2 g1x2-t64-w256-k1-o1
+    g3x1-t64-w256-k1c2-o1 g1x1-t32-w256-k1-o1 g2x1-t64-w256-k1-o1 g1x1-t64-w512-k2-o1
+    g2x1-t64-w256-k3-o1 g3x1-t64-w256-k4-o1 g1x2-t32-w512-k1-o1 g1x1-t64-w256-k1-o2
 
-    g1x1-t32-w256-k1-o2 g1x1-t32-w256-k3-o1 g1x1-t32-w256-k4-o2 g1x1-t32-w256-k8-o2
-    g1x1-t16-w256-k1-o2 g1x1-t16-w512-k1-o1 g1x1-t16-w256-k2-o2
+    g1x1-t64-w512-k4-o1 g1x1-t64-w256-k4-o1 g1x1-t32-w256-k1-o2 g1x1-t32-w256-k4-o2
+    g1x1-t16-w256-k1-o2 g1x1-t16-w512-k1-o1 g1x1-t32-w256-k8-o2
 """
 _UP_TO_128 = """
-    g2x1-t64-w256-k1-o1 g2x1-t128-w256-k1-o1 g1x1-t64-w256-k1-o1 g1x1-t64-w512-k1-o1
-    g2x1-t128-w128-k1-o1 g1x2-t64-w256-k1-o1 g1x1-t128-w128-k2-o1 g1x1-t128-w256-k1-o1
-    g1x2-t128-w256-k1-o1 g1x2-t128-w256-k3-o1 g2x1-t128-w256-k3-o1
+    g1x2-t64-w256-k1-o1 g2x1-t128-w256-k1-o1 g1x1-t64-w512-k1-o1 g1x1-t128-w256-k1-o1
+    g2x1-t128-w256-k3-o1 g3x1-t128-w128-k1-o1 g2x2-t128-w128-k1-o1 g3x1-t128-w128-k3-o1
+    g1x2-t128-w128-k3-o1 g2x1-t64-w256-k1-o1 g1x1-t64-w256-k1-o1 g1x1-t128-w256-k2-o1
+    g2x2-t128-w128-k4-o1 g2x1-t128-w128-k1-o1 g1x2-t128-w256-k2-o1
 
-    g1x1-t32-w256-k1-o2 g1x1-t32-w512-k1-o1 g1x1-t32-w256-k2-o2 g1x1-t32-w256-k4-o2
-    g1x1-t16-w256-k1-o2 g1x1-t64-w256-k1-o2 g1x1-t64-w256-k3-o1 g1x1-t64-w256-k6-o2
-    g1x1-t128-w256-k6-o1 g1x1-t64-w256-k4-o2
+    g1x1-t128-w256-k4-o1 g1x2-t64-w256-k4-o1 g1x1-t64-w256-k1-o2 g1x1-t64-w256-k4-o2
+    g1x1-t32-w512-k1-o1 g1x1-t32-w256-k1-o2 g1x1-t32-w256-k4-o2 g1x1-t16-w256-k1-o2
 """
 _UP_TO_512 = """
-    g2x1-t128-w256-k1-o1 g1x2-t128-w256-k1-o1 g1x2-t64-w256-k1-o1 g3x1-t64-w256-k1-o1
-    g2x1-t256-w128-k1-o1 g3x1-t128-w128-k1-o1 g2x1-t64-w256-k1-o1 g2x2-t128-w128-k1-o1
-    g1x1-t128-w256-k1-o1 g2x1-t256-w128-c2-o1
+    g2x1-t128-w256-k1-o1 g1x2-t64-w256-k1-o1 g2x1-t256-w128-k1-o1 g3x1-t128-w128-k1-o1
+    g1x2-t128-w256-k1-o1 g3x1-t64-w256-k1-o1 g3x1-t128-w128-k2-o1 g1x2-t128-w256-k2-o1
+    g2x2-t128-w128-k1-o1 g1x2-t128-w128-k1-o2 g2x1-t256-w128-k2-o1 g2x1-t128-w256-k2-o1
+    g2x1-t64-w256-k1-o1 g1x1-t128-w256-k1-o1 g2x1-t256-w128-k3-o1 g2x1-t256-w128-k1c2-o1
 
-    g1x1-t64-w256-k1-o1 g1x1-t64-w256-k1-o2 g1x1-t32-w256-k1-o2 g1x1-t32-w256-k1-o4
-    g1x1-t64-w256-k2-o2 g2x1-t64-w256-k1-o2 g1x1-t64-w512-k1-o1 g1x1-t128-w256-k3-o1
-    g1x1-t128-w128-k3-o2 g1x1-t64-w256-k4-o2 g2x1-t128-w256-k3-o1 g1x1-t128-w128-k2-o2
+    g1x2-t128-w256-k4-o1 g1x1-t64-w256-k1-o1 g1x1-t64-w256-k1-o2 g1x1-t64-w512-k1-o1
+    g1x1-t128-w128-k1-o2 g1x1-t32-w256-k1-o2 g1x1-t128-w256-k3-o1
 """
 _UP_TO_1024 = """
-    g2x2-t128-w256-k1-o1 g2x1-t256-w128-k1-o1 g1x2-t128-w256-k1-o1 g3x1-t128-w128-k1-o1
-    g2x1-t128-w256-k1-o1 g2x2-t128-w128-k1-o1 g2x2-t192-w128-k1-o1 g2x1-t256-w128-c2-o1
-    g1x1-t128-w256-k1-o1
+    g2x2-t128-w256-k1-o1 g2x1-t256-w128-k1-o1 g3x1-t128-w128-k1-o1 g1x2-t128-w256-k1-o1
+    g2x1-t128-w256-k1-o1 g2x2-t128-w128-k1-o1 g2x2-t192-w128-k1-o1 g2x1-t256-w128-k1c2-o1
+    g1x1-t128-w256-k1-o1 g1x2-t128-w128-k1-o2
 
-    g1x1-t64-w256-k1-o2 g1x1-t64-w256-k1-o1 g3x1-t64-w256-k1-o1 g1x1-t128-w128-k1-o2
-    g1x1-t32-w256-k1-o4 g2x1-t64-w256-k1-o2 g1x1-t64-w512-k1-o1 g1x2-t64-w256-k1-o1
-    g2x1-t128-w256-k2-o1
+    g2x1-t128-w256-k2-o1 g1x1-t64-w256-k1-o2 g1x1-t128-w128-k1-o2 g1x1-t64-w512-k1-o1
+    g2x1-t64-w128-k1-o1 g2x1-t64-w128-k1-o2
 """
 _PREFILL = """
-    g2x2-t192-w128-c2-o1 g2x2-t128-w256-k1-o1 g2x1-t256-w128-c2-o1 g2x2-t192-w128-k1-o1
-    g2x1-t256-w128-k1-o1 g2x2-t176-w128-c2-o1 g2x2-t176-w128-k1-o1 g2x2-t128-w256-c2-o1
+    g2x2-t192-w128-k1c2-o1 g2x2-t128-w256-k1-o1 g2x1-t256-w128-k1c2-o1 g2x2-t192-w128-k1-o1
+    g2x1-t256-w128-k1-o1 g2x2-t176-w128-k1c2-o1 g2x2-t176-w128-k1-o1 g2x2-t128-w256-k1c2-o1
     g2x1-t128-w256-k1-o1
 
     g3x1-t128-w128-k1-o1 g1x1-t128-w128-k1-o2 g1x1-t128-w128-k1-o3 g3x1-t64-w128-k1-o2
-    g1x1-t64-w256-k1-o3 g1x2-t128-w256-k1-o1
+    g1x2-t128-w256-k1-o1
 """
 _CONFIGS = {
     32: _DECODE.split(),

@@ -13,7 +13,7 @@ from cast_serve.kernels.nvrtc import Source
 _SHARED_PER_SM = 228 * 1024
 _SHARED_PER_BLOCK = 227 * 1024
 
-_NAME = re.compile(r"g(\d+)x(\d+)-t(\d+)-w(\d+)-(?:k(\d+)|c(\d+))-o(\d+)")
+_NAME = re.compile(r"g(\d+)x(\d+)-t(\d+)-w(\d+)-k(\d+)(?:c(\d+))?-o(\d+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +50,8 @@ class Config:
         tiles: 64-row tiles of the weight a warpgroup.
         tokens: of a tile: 8, or a multiple of 16 up to 256.
         width: bytes of a row of x a stage: 128, 256 or 512.
-        split: CTAs of a cluster that share K (in the name "k").
-        share: CTAs of a cluster that share x (in the name "c").
+        split: parts that K is cut into, in a cluster of CTAs (in the name "k").
+        share: CTAs of a part that load x together (in the name "c", 1 where there is none).
         ctas: a multiprocessor holds (in the name "o", for occupancy).
     """
 
@@ -129,7 +129,7 @@ class Config:
         rows = self.rows * self.share
         tiles = -(-N // rows) * -(-M // self.tokens)
         if self.split > 1:
-            return tiles * self.split
+            return tiles * self.split * self.share
         return min(tiles, multiprocessors * self.ctas // self.share) * self.share
 
 
