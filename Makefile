@@ -1,10 +1,11 @@
-# make serve | test | bench | lint       The first call creates .venv; PYTHON=python3.12 chooses the Python.
+# make serve | test | gpu-test | bench | lint     The first call creates .venv; PYTHON=python3.12 chooses the Python.
 MODEL ?= examples/tiny-llama-2of4
 PORT ?= 8000
 SERVE_FLAGS ?=
+TEST_FLAGS ?=
 BENCH_FLAGS ?=
 
-.PHONY: serve test bench lint setup
+.PHONY: serve test gpu-test bench lint setup
 
 setup:
 	@scripts/setup.sh
@@ -13,7 +14,12 @@ serve: setup
 	.venv/bin/cast-serve --model $(MODEL) --port $(PORT) $(SERVE_FLAGS)
 
 test: setup
-	.venv/bin/python -m pytest $(TEST_FLAGS)
+	@scripts/triton36.sh
+	CAST_SERVE_TRITON_36=$(CURDIR)/.venv/triton-3.6 .venv/bin/python -m pytest $(TEST_FLAGS)
+
+# Without an NVIDIA GPU they skip, and say so.
+gpu-test: setup
+	.venv/bin/python -m pytest -m gpu -rs tests/kernels $(TEST_FLAGS)
 
 # Needs an NVIDIA GPU; writes bench/results and the table of kernels/README.md.
 bench: setup

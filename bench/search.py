@@ -9,7 +9,6 @@ import math
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,9 +18,9 @@ from bench.accuracy import Judge, WrongResult
 from bench.timing import fill_graph
 from bench.weights import Copy
 from cast_serve.kernels.measure import graph_time_us, interleaved_time_us, stream_time_us
+from cast_serve.kernels.prepare import Candidate, prepare_all
 from cast_serve.kernels.problem import Problem
 from cast_serve.kernels.spec import KernelSpec
-from cast_serve.kernels.tune import Candidate
 
 # What one eager call takes beside the kernel.
 LAUNCH_US = 60.0
@@ -35,12 +34,6 @@ HOPELESS_CONFIG = 1.5
 NEAR = 1.08
 FINALISTS = 4
 REPEATS = 9
-
-# NVRTC and ptxas do not hold the GIL.
-THREADS = 16
-
-# Compiles nothing, and a library's handle is for one thread at a time.
-SERIAL = frozenset({"cusparselt"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,26 +111,13 @@ class Search:
 
     def _prepared(self, candidates: Sequence[Candidate], M: int) -> list[Candidate]:
         """Compile the candidates for M; those that could be, in their order."""
-        device = torch.cuda.current_device()
-
-        def attempt(candidate: Candidate) -> bool:
-            # A thread starts without a CUDA context; the stream call makes one current.
-            torch.cuda.set_device(device)
-            torch.cuda.current_stream().synchronize()
-            name, config = candidate
-            try:
-                self.specs[name].prepare(self.problem, config, M)
-            except RuntimeError as error:
+        device = torch.device("cuda", torch.cuda.current_device())
+        jobs = {candidate: [M] for candidate in candidates}
+        ends = prepare_all(self.problem, self.specs, jobs, device)
+        for (name, config), error in ends.items():
+            if error is not None:
                 print(f"{name} {config} at M={M} was not prepared: {error}", file=sys.stderr)
-                return False
-            return True
-
-        serial = [candidate for candidate in candidates if candidate[0] in SERIAL]
-        parallel = [candidate for candidate in candidates if candidate[0] not in SERIAL]
-        done = {candidate: attempt(candidate) for candidate in serial}
-        with ThreadPoolExecutor(THREADS) as pool:
-            done |= zip(parallel, pool.map(attempt, parallel), strict=True)
-        return [candidate for candidate in candidates if done[candidate]]
+        return [candidate for candidate, error in ends.items() if error is None]
 
     def _right(self, judge: Judge, candidate: Candidate, x: torch.Tensor) -> bool:
         name, config = candidate

@@ -15,5 +15,7 @@ def register() -> None:
     if "cast" in QUANTIZATION_METHODS:
         return
     from cast_serve.config import CastConfig
+    from cast_serve.logs import join_vllm
 
+    join_vllm()
     register_quantization_config("cast")(CastConfig)

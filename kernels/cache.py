@@ -1,6 +1,6 @@
 """Plans measured on this machine, kept under the user's cache folder.
 
-One file a shape, `cast-serve/plans/<gpu>-<versions>/<N>x<K>-<dtype>.json`, written whole and
+One file a shape, `<user_cache>/plans/<gpu>-<versions>/<N>x<K>-<dtype>.json`, written whole and
 renamed into place: tensor-parallel ranks that measure the same shape overwrite each other with
 equally good plans. `<versions>` is a hash of everything that a timing depends on.
 """

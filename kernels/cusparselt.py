@@ -31,7 +31,6 @@ from cast_serve.kernels.cusparselt_abi import (
 )
 from cast_serve.kernels.cusparselt_plan import (
     BUCKETS,
-    Config,
     Plan,
     Weight,
     buckets,
@@ -51,6 +50,8 @@ logger = logging.getLogger(__name__)
 # The blob's layout was seen on sm_90; sm_80, 86 and 89 rely on `check_layout`. Blackwell (sm_100,
 # 120) is refused: the library has other kernels there, and nothing here has run on it.
 SUPPORTED_SM = (80, 86, 89, 90)
+
+CONFIG = "default"
 
 # The release notes of 0.8.1 tell of a slower 0.8.0 on H100 and L4, mended.
 SLOW_VERSION, SLOW_SM = (0, 8, 0), (89, 90)
@@ -119,23 +120,30 @@ def fill_metadata(blob: torch.Tensor, mask: torch.Tensor, problem: Problem) -> N
 
 
 def configs(problem: Problem, M: int) -> tuple[str, ...]:
-    """The library's default algorithm alone.
-
-    The others cannot be tried at load: some raise an illegal instruction, which ends the process's
-    CUDA context (id 36 of 0.8.0 for fp16, N=6144, K=4096, 512 rows on an H100).
-    """
-    return ("alg0",)
+    """The library's default algorithm alone; `build` says why no other."""
+    return (CONFIG,)
 
 
 def prepare(problem: Problem, config: str, M: int) -> None:
     """Build the plans of `buckets(M)` and launch each once; plans built before are kept.
 
     Raises:
-        CusparseltError: the library refuses the config for the shape.
-        ValueError: `config` is no config.
+        CusparseltError: the library refuses the shape.
+        ValueError: `config` is not CONFIG.
     """
+    if config != CONFIG:
+        raise ValueError(f"cusparselt has no config {config!r}: there is {CONFIG!r} alone")
+    plans = plans_of(_device(), problem.dtype, problem.N, problem.K)
+    missing = plans.missing(buckets(M))
+    if not missing:
+        return
     _warn_if_slow(load().version, problem.sm)
-    _prepare(problem, config, buckets(M))
+    # A kernel's code is loaded at its first launch, which must not fall into serving or a capture.
+    blob, x, y = _scratch(plans.weight, max(plan.rows for plan in missing))
+    for plan in missing:
+        _launch(plan, x[: plan.rows], blob.data_ptr(), y.data_ptr(), False)
+    torch.cuda.synchronize(plans.weight.device)
+    plans.add(missing)
 
 
 def run(
@@ -153,8 +161,8 @@ def run(
     """
     rows, K = x.shape
     N = values.shape[0]
-    plans = plans_of(x.device, x.dtype, N, K, config)
-    assert plans.built, f"cusparselt {config} was not prepared for N={N} K={K} {x.dtype}"
+    plans = plans_of(x.device, x.dtype, N, K)
+    assert plans.built, f"cusparselt was not prepared for N={N} K={K} {x.dtype}"
     assert values.data_ptr() == metadata.data_ptr(), "values must be the start of the blob"
     cover = plans.cover(rows)
     last_start, last = cover[-1]
@@ -178,19 +186,6 @@ def _launch(plan: Plan, x: torch.Tensor, blob: int, y: int, add: bool) -> None:
     workspace = x.new_empty(plan.workspace_bytes, dtype=torch.uint8)
     on = stream(x.device)
     plan.launch(blob, x.data_ptr(), y, add=add, workspace=workspace.data_ptr(), stream=on)
-
-
-def _prepare(problem: Problem, config: str, wanted: tuple[int, ...]) -> None:
-    plans = plans_of(_device(), problem.dtype, problem.N, problem.K, config)
-    missing = plans.missing(wanted)
-    if not missing:
-        return
-    # A kernel's code is loaded at its first launch, which must not fall into serving or a capture.
-    blob, x, y = _scratch(plans.weight, max(plan.rows for plan in missing))
-    for plan in missing:
-        _launch(plan, x[: plan.rows], blob.data_ptr(), y.data_ptr(), False)
-    torch.cuda.synchronize(plans.weight.device)
-    plans.add(missing)
 
 
 @functools.cache
@@ -244,7 +239,7 @@ def _starts_with(blob: torch.Tensor, values: torch.Tensor) -> bool:
 def _try_sizes(device: torch.device, dtype: torch.dtype, N: int, K: int) -> None:
     """Raise CusparseltError if the library refuses the shape; only it knows the upper limits."""
     for rows in (BUCKETS[0], BUCKETS[-1]):
-        build(weight_of(device, dtype, N, K), rows, Config(alg=0))
+        build(weight_of(device, dtype, N, K), rows)
 
 
 @functools.cache

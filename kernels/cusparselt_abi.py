@@ -15,7 +15,6 @@ import importlib.metadata
 from collections.abc import Iterator
 from ctypes import POINTER, c_char_p, c_int, c_int32, c_int64, c_size_t, c_uint32, c_void_p
 from dataclasses import dataclass
-from enum import IntEnum
 
 import torch
 
@@ -30,34 +29,13 @@ OPAQUE_ALIGNMENT = 16
 # Alignment of matrices that a descriptor promises; the library takes multiples of 16 only.
 POINTER_ALIGNMENT = 16
 
-# cusparseOperation_t, cusparseOrder_t, cusparseLtSparsity_t, cusparseLtMatmulAlg_t
+# cusparseOperation_t, cusparseOrder_t, cusparseLtSparsity_t, cusparseLtMatmulAlg_t,
+# cusparseLtMatmulAlgAttribute_t
 NON_TRANSPOSE, TRANSPOSE = 0, 1
 ORDER_COLUMN, ORDER_ROW = 1, 2
 SPARSITY_50_PERCENT = 0
 ALG_DEFAULT = 0
-
-
-class AlgAttribute(IntEnum):
-    """cusparseLtMatmulAlgAttribute_t; all are 32-bit integers. Ids are below CONFIG_MAX_ID."""
-
-    CONFIG_ID = 0
-    CONFIG_MAX_ID = 1
-    SEARCH_ITERATIONS = 2
-    SPLIT_K = 3
-    SPLIT_K_MODE = 4
-    SPLIT_K_BUFFERS = 5
-
-
-class SplitKMode(IntEnum):
-    """cusparseLtSplitKMode_t: 1 and 2 are for sm_80 to 89, those above for sm_90 and later."""
-
-    INVALID = 0
-    ONE_KERNEL = 1
-    TWO_KERNELS = 2
-    HEURISTIC = 3
-    DATAPARALLEL = 4
-    SPLITK = 5
-    STREAMK = 6
+ALG_CONFIG_ID = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +77,6 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "cusparseLtMatmulAlgSelectionInit": (_OPAQUE, _OPAQUE, _OPAQUE, c_int),
     # handle, selection, attribute, data, bytes
     "cusparseLtMatmulAlgSetAttribute": (_OPAQUE, _OPAQUE, c_int, c_void_p, c_size_t),
-    "cusparseLtMatmulAlgGetAttribute": (_OPAQUE, _OPAQUE, c_int, c_void_p, c_size_t),
     # handle, plan, matmul descriptor, selection
     "cusparseLtMatmulPlanInit": (_OPAQUE, _OPAQUE, _OPAQUE, _OPAQUE),
     "cusparseLtMatmulGetWorkspace": (_OPAQUE, _OPAQUE, POINTER(c_size_t)),

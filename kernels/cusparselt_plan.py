@@ -1,19 +1,19 @@
 """cusparselt_plan: the plans that `cusparselt` multiplies with, one a number of rows of x.
 
-A plan of the library holds for one M, N, K, element type and algorithm. Serving sees every M, so
-plans are built at load for the M of BUCKETS and an M between two runs in the upper one. All objects
-a plan points to live as long as it does, and plans in use as long as the process; one takes 5 KB
-and less than half a millisecond to build.
+A plan of the library holds for one M, N, K and element type. Serving sees every M, so plans are
+built at load for the M of BUCKETS and an M between two runs in the upper one. All objects a plan
+points to live as long as it does, and plans in use as long as the process; one takes 5 KB and less
+than half a millisecond to build.
 """
 
 import ctypes
 import functools
-import re
 from dataclasses import dataclass, field
 
 import torch
 
 from cast_serve.kernels.cusparselt_abi import (
+    ALG_CONFIG_ID,
     ALG_DEFAULT,
     ELEMENTS,
     NON_TRANSPOSE,
@@ -22,9 +22,7 @@ from cast_serve.kernels.cusparselt_abi import (
     POINTER_ALIGNMENT,
     SPARSITY_50_PERCENT,
     TRANSPOSE,
-    AlgAttribute,
     Opaque,
-    SplitKMode,
     load,
 )
 
@@ -38,44 +36,6 @@ BUCKETS = tuple(
 )
 
 _ONE, _ZERO = ctypes.c_float(1.0), ctypes.c_float(0.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """An algorithm of the library, by name: "alg3" or "alg3-k4-two_kernels-b2".
-
-    None leaves the library's default. `split_k` is a number of slices of K, or -1 for what the
-    library calls Segment-K; sm_90 takes 1 and -1 only, and no `buffers`.
-    """
-
-    alg: int
-    split_k: int | None = None
-    mode: SplitKMode | None = None
-    buffers: int | None = None
-
-    @classmethod
-    def parse(cls, name: str) -> "Config":
-        """The config of that name; ValueError, with the form expected, if there is none."""
-        found = re.fullmatch(r"alg(\d+)(?:-k(-?\d+))?(?:-([a-z_]+))?(?:-b(\d+))?", name)
-        if found is None or (found[3] and found[3].upper() not in SplitKMode.__members__):
-            modes = ", ".join(mode.name.lower() for mode in SplitKMode)
-            raise ValueError(
-                f"{name!r} is not a cusparselt config: expected alg<id>[-k<slices>][-<mode>]"
-                f"[-b<buffers>], mode one of {modes}"
-            )
-        return cls(
-            alg=int(found[1]),
-            split_k=int(found[2]) if found[2] else None,
-            mode=SplitKMode[found[3].upper()] if found[3] else None,
-            buffers=int(found[4]) if found[4] else None,
-        )
-
-    def __str__(self) -> str:
-        parts = [f"alg{self.alg}"]
-        parts += [f"k{self.split_k}"] if self.split_k is not None else []
-        parts += [self.mode.name.lower()] if self.mode is not None else []
-        parts += [f"b{self.buffers}"] if self.buffers is not None else []
-        return "-".join(parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +58,6 @@ class Plan:
     workspace_bytes: int
     handle: Opaque
     plan: Opaque
-    selection: Opaque
     alive: tuple[Opaque, ...]
 
     def launch(self, blob: int, x: int, y: int, *, add: bool, workspace: int, stream: int) -> None:
@@ -115,10 +74,9 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Plans:
-    """The plans built so far for one weight shape under one config, rows ascending."""
+    """The plans built so far for one weight shape, rows ascending."""
 
     weight: Weight
-    config: Config
     built: list[Plan] = field(default_factory=list)
 
     def cover(self, rows: int) -> list[tuple[int, Plan]]:
@@ -133,7 +91,7 @@ class Plans:
     def missing(self, wanted: tuple[int, ...]) -> list[Plan]:
         """New plans for those of `wanted` that are not built; `add` keeps them."""
         have = {plan.rows for plan in self.built}
-        return [build(self.weight, rows, self.config) for rows in wanted if rows not in have]
+        return [build(self.weight, rows) for rows in wanted if rows not in have]
 
     def add(self, plans: list[Plan]) -> None:
         self.built.extend(plans)
@@ -147,9 +105,9 @@ def buckets(M: int) -> tuple[int, ...]:
 
 
 @functools.cache
-def plans_of(device: torch.device, dtype: torch.dtype, N: int, K: int, config: str) -> Plans:
+def plans_of(device: torch.device, dtype: torch.dtype, N: int, K: int) -> Plans:
     """The one set of plans of a key, empty at first."""
-    return Plans(weight=weight_of(device, dtype, N, K), config=Config.parse(config))
+    return Plans(weight=weight_of(device, dtype, N, K))
 
 
 @functools.cache
@@ -163,13 +121,13 @@ def weight_of(device: torch.device, dtype: torch.dtype, N: int, K: int) -> Weigh
     return Weight(device=device, dtype=dtype, N=N, K=K, handle=handle, descriptor=descriptor)
 
 
-def build(weight: Weight, rows: int, config: Config) -> Plan:
+def build(weight: Weight, rows: int) -> Plan:
     """The plan for x [rows, K]: D [N, rows], column-major, = W [N, K] times x transposed.
 
     D column-major is y [rows, N] row-major, so nothing is transposed in memory.
 
     Raises:
-        CusparseltError: the library refuses the config for the shape.
+        CusparseltError: the library refuses the shape.
     """
     library, element, handle = load(), ELEMENTS[weight.dtype], weight.handle
     N, K = weight.N, weight.K
@@ -187,15 +145,11 @@ def build(weight: Weight, rows: int, config: Config) -> Plan:
         *(handle, matmul, NON_TRANSPOSE, TRANSPOSE, weight.descriptor, x, y, y, element.compute),
     )
     library.call("cusparseLtMatmulAlgSelectionInit", handle, selection, matmul, ALG_DEFAULT)
-    for attribute, value in (
-        (AlgAttribute.CONFIG_ID, config.alg),
-        (AlgAttribute.SPLIT_K, config.split_k),
-        (AlgAttribute.SPLIT_K_MODE, config.mode),
-        (AlgAttribute.SPLIT_K_BUFFERS, config.buffers),
-    ):
-        if value is not None:
-            data = ctypes.byref(ctypes.c_int(value))
-            library.call("cusparseLtMatmulAlgSetAttribute", handle, selection, attribute, data, 4)
+    # Named, not left to AlgSelectionInit, for which the documentation promises no id: another one
+    # raised an illegal instruction, which ends the process's CUDA context (36 of 0.8.0 for fp16,
+    # N=6144, K=4096, 512 rows on an H100). So none but 0 is ever tried.
+    algorithm = ctypes.byref(ctypes.c_int(0))
+    library.call("cusparseLtMatmulAlgSetAttribute", handle, selection, ALG_CONFIG_ID, algorithm, 4)
     library.call("cusparseLtMatmulPlanInit", handle, plan, matmul, selection)
     size = ctypes.c_size_t()
     library.call("cusparseLtMatmulGetWorkspace", handle, plan, ctypes.byref(size))
@@ -204,19 +158,8 @@ def build(weight: Weight, rows: int, config: Config) -> Plan:
         workspace_bytes=size.value,
         handle=handle,
         plan=plan,
-        selection=selection,
-        alive=(weight.descriptor, x, y, matmul),
+        alive=(weight.descriptor, x, y, matmul, selection),
     )
-
-
-def algorithms(plan: Plan) -> int:
-    """How many algorithm ids the library has for a plan's shape; it may refuse some of them."""
-    count = ctypes.c_int()
-    load().call(
-        "cusparseLtMatmulAlgGetAttribute",
-        *(plan.handle, plan.selection, AlgAttribute.CONFIG_MAX_ID, ctypes.byref(count), 4),
-    )
-    return count.value
 
 
 def compressed_bytes(weight: Weight) -> tuple[int, int]:

@@ -8,6 +8,7 @@ this module imports everywhere. `compile_cubin` needs no GPU.
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 
 class CompileError(RuntimeError):
@@ -81,7 +84,10 @@ def compile_cubin(source: Source) -> bytes:
 
 
 def cached_cubin(source: Source, folder: Path) -> bytes:
-    """`compile_cubin`, kept in `folder` under a hash of everything that goes into it."""
+    """`compile_cubin`, kept in `folder` under a hash of everything that goes into it.
+
+    Where it cannot be kept a warning says why: the next start compiles again.
+    """
     from cuda.bindings import nvrtc
 
     version = nvrtc.nvrtcVersion()[1:]
@@ -90,11 +96,14 @@ def cached_cubin(source: Source, folder: Path) -> bytes:
     if path.exists():
         return path.read_bytes()
     cubin = compile_cubin(source)
-    folder.mkdir(parents=True, exist_ok=True)
-    # Several ranks compile the same kernel at once: each renames a whole file into place.
-    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-        file.write(cubin)
-    os.replace(file.name, path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Several ranks compile the same kernel at once: each renames a whole file into place.
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+            file.write(cubin)
+        os.replace(file.name, path)
+    except OSError as error:
+        logger.warning("kernels are compiled again at every start: %s: %s", folder, error)
     return cubin
 
 

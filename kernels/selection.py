@@ -14,6 +14,7 @@ from cast_serve.envs import ForcedKernel, forced_kernel
 from cast_serve.kernels import cache as disk
 from cast_serve.kernels import shipped
 from cast_serve.kernels.plan import BUCKETS, Plan
+from cast_serve.kernels.prepare import Candidate, prepare_all
 from cast_serve.kernels.problem import Problem
 from cast_serve.kernels.registry import KERNELS, NAMED
 from cast_serve.kernels.tune import TuningError, tune
@@ -63,19 +64,26 @@ def warm(problem: Problem, device: torch.device) -> None:
     """Compile and create all that `plan_for(problem)` runs on `device`.
 
     After it the op compiles nothing, searches nothing, creates no handles and never synchronises,
-    at any M up to 65536.
+    at any M up to 65536. Kernels compile in threads, or come from the user's cache.
 
     Raises:
-        TuningError: a CUDA graph is being captured.
+        TuningError: a CUDA graph is being captured, or a kernel of the plan fails.
         As `plan_for`.
     """
     _refuse_capturing(problem)
     with torch.cuda.device(device):
         plan = plan_for(problem)
         bounds = (row.max_M for row in plan.rows if row.max_M is not None)
+        jobs: dict[Candidate, list[int]] = {}
         for M in sorted({*BUCKETS, *_LARGER, *bounds}):
             row = plan.choice(M)
-            NAMED[row.kernel].prepare(problem, row.config, M)
+            jobs.setdefault((row.kernel, row.config), []).append(M)
+        for (kernel, config), error in prepare_all(problem, NAMED, jobs, device).items():
+            if error is not None:
+                raise TuningError(
+                    f"{kernel} {config}, in the plan for {problem}, fails: {error}; another kernel "
+                    f"can be named with CAST_SERVE_KERNEL ({', '.join(KERNELS)})"
+                ) from error
 
 
 def _refuse_capturing(problem: Problem) -> None:
@@ -107,8 +115,12 @@ def forced_plan(problem: Problem, forced: ForcedKernel) -> Plan:
     """A plan of one kernel alone, with the config that is forced or its first guesses.
 
     Raises:
-        ValueError: the kernel does not support the problem, or has no such config for it.
+        ValueError: there is no such kernel, it does not support the problem, or has no such config
+            for it.
     """
+    if forced.name not in NAMED:
+        names = ", ".join(NAMED)
+        raise ValueError(f"{forced}: no kernel {forced.name!r}; NAME is one of {names}")
     spec = NAMED[forced.name]
     reason = spec.supports(problem)
     if reason:

@@ -2,12 +2,19 @@
 
 A table is {"family": "NVIDIA H100", "plans": [row, ...]}, a row what `row_of` gives; it serves
 every GPU whose name starts with its family.
+
+Tables are measured in bfloat16. float16 moves the same bytes at the same instruction rate, so a
+bfloat16 row serves float16 where the table has none of its own. Not one with cuSPARSELt, whose
+algorithms are numbered for each dtype.
 """
 
+import dataclasses
 import functools
 import json
 from importlib import resources
 from typing import Any
+
+import torch
 
 from cast_serve.kernels import cusparselt
 from cast_serve.kernels.cache import versions
@@ -29,14 +36,27 @@ def row_of(problem: Problem, plan: Plan) -> dict[str, Any]:
 
 def find(problem: Problem) -> Plan | None:
     """The shipped plan for this GPU's family, shape, dtype and cuSPARSELt, if there is one."""
+    rows = [
+        row
+        for table in tables()
+        if problem.gpu.startswith(table["family"])
+        for row in table["plans"]
+    ]
+    own = _row(rows, problem)
+    if own is not None:
+        return _plan_here(own)
+    if problem.dtype is not torch.float16:
+        return None
+    lent = _row(rows, dataclasses.replace(problem, dtype=torch.bfloat16))
+    if lent is None:
+        return None
+    plan = Plan.from_json(lent["plan"])
+    return None if _uses_cusparselt(plan) else plan
+
+
+def _row(rows: list[dict[str, Any]], problem: Problem) -> dict[str, Any] | None:
     key = _key(problem)
-    for table in tables():
-        if not problem.gpu.startswith(table["family"]):
-            continue
-        for row in table["plans"]:
-            if {name: row[name] for name in key} == key:
-                return _plan_here(row)
-    return None
+    return next((row for row in rows if {name: row[name] for name in key} == key), None)
 
 
 @functools.cache

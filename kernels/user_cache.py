@@ -1,10 +1,13 @@
-"""Where this user's compiled kernels and measured plans are kept."""
+"""Where this user's measured plans (`plans`) and compiled kernels (`cubin`) are kept.
+
+$XDG_CACHE_HOME/cast-serve, or ~/.cache/cast-serve where that is unset, empty or relative (XDG Base
+Directory Specification). All of it can be deleted: it is made again at the next start.
+"""
 
 import os
 from pathlib import Path
 
 
 def user_cache() -> Path:
-    """`cast-serve` in XDG_CACHE_HOME, or in ~/.cache (XDG Base Directory Specification)."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "cast-serve"
+    root = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (root if root.is_absolute() else Path.home() / ".cache") / "cast-serve"

@@ -10,6 +10,7 @@ Wins     at every M on H100 and H200 (kernels/README.md)
 
 import ctypes
 import functools
+from importlib.util import find_spec
 
 import torch
 
@@ -97,6 +98,8 @@ def supports(problem: Problem) -> str | None:
         return f"N={problem.N} is not a multiple of 16"
     if problem.K % 16:
         return f"K={problem.K} is not a multiple of 16"
+    if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
+        return "cuda-bindings is not installed: pip install cuda-bindings"
     return None
 
 
@@ -119,22 +122,28 @@ def configs(problem: Problem, M: int) -> tuple[str, ...]:
     return tuple(sorted(filter(fits, names), key=idle))
 
 
-def metadata_layout(mask: torch.Tensor) -> torch.Tensor:
-    """int32 [ceil(N/64), ceil(K/128)*2, 128] of a bitmask uint8 [N, K/8], for 16-bit values.
+def metadata_layout(mask: torch.Tensor, *, element_bytes: int = 2) -> torch.Tensor:
+    """int32 [ceil(N/64), ceil(K/128)*2, 128] of a bitmask uint8 [N, K/8].
 
-    Word 32w + 4g + t of [b, s] holds columns 64s + 16t .. +15, four codes of four bits, of row
-    64b + 16w + g in its low half and of the row 8 below in its high half (PTX ISA, "Sparse matrix
-    storage" of wgmma; t < 2 is what selector 0 reads). Padding keeps columns 0 and 1.
+    Word 32w + 4g + t of [b, s] has eight codes of columns 64s to 64s + 63 and rows near
+    r = 64b + 16w + g (PTX ISA, "Sparse matrix storage" of wgmma). For values of 2 bytes: columns
+    64s + 16t .. +15 of row r in its low half, and of row r + 8 in its high half; t < 2 is what
+    selector 0 reads. Of 1 byte: columns 64s + 32(t // 2) .. +31 of row r + 8(t % 2). Padding keeps
+    columns 0 and 1.
     """
     rows, columns = mask.shape[0], mask.shape[1] * 8
     blocks, steps = -(-rows // 64), -(-columns // 128) * 2
     codes = mask.new_full((blocks * 64, steps * 16), PADDING_CODE)
     codes[:rows, : columns // 4] = group_codes(mask)
-    codes = codes.view(blocks, 4, 2, 8, steps, 4, 4)  # block, warp, half, g, step, t, code
+    # block, warp, half, g, step, quarter of its 64 columns, code
+    codes = codes.view(blocks, 4, 2, 8, steps, 4, 4)
     pairs = codes[..., 0::2] | codes[..., 1::2] << 4
-    # Little-endian: the two bytes of the low half, then those of the high half.
-    words = pairs.permute(0, 4, 1, 3, 5, 2, 6).reshape(blocks, steps, 128, 4)
-    return words.view(torch.int32).squeeze(-1)
+    if element_bytes == 2:
+        # A word's bytes, lowest first: two of the low half, two of the high half.
+        words = pairs.permute(0, 4, 1, 3, 5, 2, 6)
+    else:
+        words = pairs.unflatten(5, (2, 2)).permute(0, 4, 1, 3, 5, 2, 6, 7)
+    return words.reshape(blocks, steps, 128, 4).view(torch.int32).squeeze(-1)
 
 
 def prepare(problem: Problem, config: str, M: int) -> None:

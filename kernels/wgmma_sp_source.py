@@ -49,7 +49,7 @@ class Config:
         groups: warpgroups that compute.
         tiles: 64-row tiles of the weight a warpgroup.
         tokens: of a tile: 8, or a multiple of 16 up to 256.
-        width: bytes of a row of x a stage: 128, 256 or 512.
+        width: bytes of a row of x a stage: 128 to 1024, a power of two.
         split: parts that K is cut into, in a cluster of CTAs (in the name "k").
         share: CTAs of a part that load x together (in the name "c", 1 where there is none).
         ctas: a multiprocessor holds (in the name "o", for occupancy).

@@ -113,6 +113,14 @@ def test_wheel_imports_with_dependencies(wheel, tmp_path):
     )
 
 
+def test_kernels_import_without_what_only_gpus_need():
+    program = (
+        "import sys; sys.modules['triton'] = sys.modules['cuda'] = None;"
+        "import cast_serve.kernels.op, cast_serve.kernels.tune"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def test_lock_files_pin_what_is_declared():
     """Both lock files hold every declared dependency, pinned."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -128,3 +136,11 @@ def test_lock_files_pin_what_is_declared():
             if "==" in line
         }
         assert names <= pinned, lock
+
+
+@pytest.mark.parametrize("lock", ["cpu", "cuda"])
+def test_lock_files_pin_what_compiles_kernels(lock):
+    """Without a GPU too, so that tests compile every kernel."""
+    pinned = (ROOT / "requirements" / f"{lock}.txt").read_text()
+    for name in ("triton", "cuda-bindings", "nvidia-cuda-nvrtc"):
+        assert f"\n{name}==" in pinned, name

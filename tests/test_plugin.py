@@ -1,5 +1,6 @@
 """The plugin's entry point: light, idempotent, and what it says of a config.json."""
 
+import logging
 import subprocess
 import sys
 
@@ -13,7 +14,13 @@ def test_import_loads_neither_torch_nor_vllm():
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_register_is_idempotent():
+def test_register_is_idempotent(monkeypatch):
+    # It takes the logger over, which other tests read.
+    logger = logging.getLogger("cast_serve")
+    for name in ("handlers", "level", "propagate"):
+        monkeypatch.setattr(logger, name, getattr(logger, name))
+    monkeypatch.setattr(logger, "handlers", [])
+
     from vllm.model_executor.layers.quantization import (
         QUANTIZATION_METHODS,
         get_quantization_config,
@@ -26,6 +33,7 @@ def test_register_is_idempotent():
     register()
     assert QUANTIZATION_METHODS.count("cast") == 1
     assert get_quantization_config("cast") is CastConfig
+    assert len(logger.handlers) == 1
 
 
 def compressed_tensors(**sparsity: str) -> dict:

@@ -5,13 +5,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from vllm.platforms import current_platform
 
+from cast_serve.envs import ForcedKernel, forced_kernel
 from cast_serve.model_loaders.checkpoint import Checkpoint
 from cast_serve.model_loaders.formats import QUANT_METHOD
 from cast_serve.model_loaders.summary import Summary, summarise
 
-# The sparse layers of a CPU, and until a 2:4 kernel supports them of any other device.
 UNPACKED = "unpacked while loading, then run dense by vLLM"
+PACKED = "packed where a 2:4 kernel runs their shape, else dense; the log says which"
 
 
 def report(model: str, quantization: str | None, cache_bytes: int | None) -> None:
@@ -32,11 +34,24 @@ def report(model: str, quantization: str | None, cache_bytes: int | None) -> Non
         console.print(f"{model} is no folder here: vLLM looks it up, and it is checked on loading.")
         return
     summary = summarise(Checkpoint.open(Path(model)))
-    table = _table(summary, quantization)
+    outlook = outlook_of_sparse(forced_kernel(), on_gpu=current_platform.is_cuda())
+    table = _table(summary, quantization, outlook)
     if cache_bytes:
         size = f"{cache_bytes / 2**30:.1f} GiB"
         table.add_row("KV cache", f"{size} on each rank; --kv-cache-memory-bytes changes it")
     console.print(table)
+
+
+def outlook_of_sparse(forced: ForcedKernel | None, *, on_gpu: bool) -> str:
+    """What becomes of sparse layers (linear.py), as far as it is known before they are loaded.
+
+    Args:
+        forced: the kernel that CAST_SERVE_KERNEL names.
+        on_gpu: an NVIDIA GPU; other devices have no 2:4 kernels.
+    """
+    if forced is not None:
+        return f"packed, all run by one kernel: {forced}"
+    return PACKED if on_gpu else UNPACKED
 
 
 def _looks_like_path(model: str) -> bool:
@@ -44,7 +59,7 @@ def _looks_like_path(model: str) -> bool:
     return model.startswith((".", "/", "~")) or model.count("/") > 1
 
 
-def _table(summary: Summary, quantization: str | None) -> Table:
+def _table(summary: Summary, quantization: str | None, outlook: str) -> Table:
     rows = Table.grid(padding=(0, 2))
     rows.add_row("cast-serve", escape(str(summary.path)))
     rows.add_row("format", f"{summary.format}, {', '.join(summary.dtypes)}")
@@ -52,11 +67,11 @@ def _table(summary: Summary, quantization: str | None) -> Table:
     if not summary.needs_flag:
         rows.add_row("layers", f"{sparse} sparse, {dense} dense")
         rows.add_row("weights", _bytes(summary.loaded_bytes, summary.dense_bytes))
-        rows.add_row("sparse layers", UNPACKED)
+        rows.add_row("sparse layers", outlook)
     elif quantization == QUANT_METHOD:
         rows.add_row("layers", f"{sparse} sparse if their weights are 2:4, {dense} dense")
         rows.add_row("weights", f"at best {_bytes(summary.loaded_bytes, summary.dense_bytes)}")
-        rows.add_row("2:4 layers", UNPACKED)
+        rows.add_row("2:4 layers", outlook)
     else:
         rows.add_row("layers", f"{sparse + dense} dense: config.json declares no 2:4 layers")
         rows.add_row("", "if `cast-model check` finds them, add --quantization cast")

@@ -1,6 +1,5 @@
 """cast_serve::linear_2of4 under the real engine: on a CPU with its fp32 reference as the kernel."""
 
-import json
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -12,24 +11,15 @@ from cast_serve.model_loaders.convert import convert
 
 pytestmark = pytest.mark.engine
 
-# vLLM sets up its own loggers only.
-LOGGING = {
-    "version": 1,
-    "disable_existing_loggers": False,
-    "handlers": {"stderr": {"class": "logging.StreamHandler", "stream": "ext://sys.stderr"}},
-    "loggers": {"cast_serve": {"level": "INFO", "handlers": ["stderr"]}},
-}
-
 
 @pytest.fixture(scope="module")
 def sparse_engine(tmp_path_factory) -> Iterator[Engine]:
-    """An engine whose 2:4 layers stay packed."""
+    """An engine whose 2:4 layers stay packed; its log goes where `Engine.log` reads it."""
     folder = tmp_path_factory.mktemp("sparse")
-    (folder / "logging.json").write_text(json.dumps(LOGGING))
     environment = {
         "CAST_SERVE_KERNEL": "reference",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_CONFIG_PATH": str(folder / "logging.json"),
+        "VLLM_LOGGING_STREAM": "ext://sys.stderr",
     }
     running = Engine(folder / "stderr", environment)
     yield running

@@ -9,6 +9,7 @@ from layers import problem
 
 from cast_serve.kernels import cache
 from cast_serve.kernels.plan import Plan
+from cast_serve.kernels.user_cache import user_cache
 
 PLAN = Plan.of({8: ("mma_sp", "a"), 8192: ("wgmma_sp", "b")})
 
@@ -24,6 +25,15 @@ def test_cache_round_trip(tmp_path):
     assert path.parent.parent == tmp_path / "cast-serve" / "plans"
     assert path.parent.name.startswith("nvidia-grasshopper-1-")
     assert path.name == "512x1024-bfloat16.json"
+
+
+@pytest.mark.parametrize("unusable", [None, "", "relative"])
+def test_user_cache_without_xdg_cache_home(monkeypatch, tmp_path, unusable):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    if unusable is not None:
+        monkeypatch.setenv("XDG_CACHE_HOME", unusable)
+    assert user_cache() == tmp_path / ".cache" / "cast-serve"
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"plan": 3}', '{"plan": [[3]]}'])
