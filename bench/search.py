@@ -22,8 +22,8 @@ from cast_serve.kernels.prepare import Candidate, prepare_all
 from cast_serve.kernels.problem import Problem
 from cast_serve.kernels.spec import KernelSpec
 
-# What one eager call may take beside the kernel on a slow host. With 60 here, good configs for layers
-# of a few microseconds were lost to the host's noise: 100 and more were seen.
+# What one eager call may take beside the kernel on a slow host, where 100 was seen: with 60 here
+# good configs for layers of a few microseconds were lost to noise.
 LAUNCH_US = 500.0
 
 # A kernel whose first guess is this much slower than another's is out: a kernel for decode takes
