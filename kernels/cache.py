@@ -30,7 +30,7 @@ def versions() -> dict[str, str]:
     """What timings depend on beside the GPU: PyTorch, CUDA, Triton, cuSPARSELt and our kernels."""
     sources = hashlib.sha256()
     for path in sorted(Path(__file__).parent.iterdir()):
-        if path.suffix in (".py", ".cu"):
+        if path.suffix in (".py", ".cu", ".cuh"):
             sources.update(path.read_bytes())
     return {
         "torch": str(torch.__version__),

@@ -16,18 +16,13 @@
 // LOAD_REGISTERS a thread of either role, or 0 to leave them equal. instruction.cuh, made there too,
 // holds wgmma_sp<SELECTOR>() for TOKENS and the element type.
 
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef unsigned short u16;
-
-struct alignas(64) TensorMap {
-    char opaque[128];
-};
+#include "hopper.cuh"
+#include "instruction.cuh"
 
 constexpr int ROWS = GROUPS * TILES * 64;
 constexpr int ACCUMULATORS = TOKENS / 2;
-constexpr int COLUMNS = WIDTH / ELEMENT_BYTES;   // of K a stage
-constexpr int STEPS = WIDTH / 64;                // instructions along K a stage
+constexpr int COLUMNS = WIDTH / ELEMENT_BYTES;    // of K a stage
+constexpr int STEPS = WIDTH / 64;                 // instructions along K a stage
 constexpr int META_WORDS = STEPS / STEPS_A_WORD;  // of a thread and 64 rows a stage
 constexpr int COMPUTE_WARPS = GROUPS * 4;
 // Registers move between whole warpgroups only, so the loading warp then has three idle ones beside it.
@@ -57,98 +52,6 @@ constexpr int PARTIAL_STRIDE = ROWS + 4;
 
 static_assert(CLUSTER <= 8, "larger clusters do not fit every GPU");
 static_assert(SPLIT == 1 || TOKENS * PARTIAL_STRIDE * 4 <= BARRIERS_AT, "partial sums reuse the stages");
-
-// L2 policies, as createpolicy.fractional gives them.
-constexpr u64 EVICT_FIRST = 0x12F0000000000000ull;
-constexpr u64 EVICT_NORMAL = 0x1000000000000000ull;
-constexpr u64 EVICT_LAST = 0x14F0000000000000ull;
-
-#define DEVICE __device__ __forceinline__
-
-DEVICE u32 shared_address(const void* pointer) { return static_cast<u32>(__cvta_generic_to_shared(pointer)); }
-
-DEVICE u32 cluster_rank() {
-    u32 rank;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-
-DEVICE u32 remote_address(u32 address, u32 rank) {
-    u32 remote;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
-    return remote;
-}
-
-// All threads of the cluster meet; what they wrote to shared memory is visible to each other after it.
-DEVICE void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-// They meet only: no wait for memory.
-DEVICE void cluster_meet() {
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-DEVICE void barrier_init(u32 barrier, u32 arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
-}
-
-DEVICE void barrier_expect(u32 barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-DEVICE void barrier_arrive(u32 barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-DEVICE void barrier_arrive_remote(u32 barrier, u32 rank) {
-    // Not .release.cluster: that waits for all memory traffic of the thread (2x slower as a whole), and
-    // nothing was written that the other side reads.
-    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(remote_address(barrier, rank)) : "memory");
-}
-
-DEVICE void barrier_wait(u32 barrier, u32 parity) {
-    asm volatile(
-        "{\n.reg .pred done;\n"
-        "AGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@done bra READY;\nbra AGAIN;\nREADY:\n}" ::"r"(barrier), "r"(parity)
-        : "memory");
-}
-
-DEVICE void group_sync(int group) { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); }
-
-// A map is 128 bytes of parameters that the copy engine would fetch at its first load.
-DEVICE void prefetch_map(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
-
-DEVICE void load_2d(u32 to, const TensorMap* map, u32 barrier, int column, int row, u64 policy) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-        "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to), "l"(map), "r"(barrier), "r"(column), "r"(row), "l"(policy)
-        : "memory");
-}
-
-DEVICE void load_2d_multicast(u32 to, const TensorMap* map, u32 barrier, int column, int row, u16 ctas, u64 policy) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
-        ".L2::cache_hint [%0], [%1, {%3, %4}], [%2], %5, %6;" ::"r"(to), "l"(map), "r"(barrier), "r"(column),
-        "r"(row), "h"(ctas), "l"(policy)
-        : "memory");
-}
-
-DEVICE void load_3d(u32 to, const TensorMap* map, u32 barrier, int x, int y, int z, u64 policy) {
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-        "[%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(to), "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "l"(policy)
-        : "memory");
-}
-
-// K-major operand with rows of `row_bytes`, swizzled to their width: 8 rows to the next group of 8.
-DEVICE u64 matrix_descriptor(u32 address, int row_bytes) {
-    u64 swizzle = row_bytes == 128 ? 1 : 2;
-    return (u64)((address & 0x3FFFF) >> 4) | 1ull << 16 | (u64)(row_bytes * 8 >> 4) << 32 | swizzle << 62;
-}
-
-#include "instruction.cuh"
 
 // Two floats as two 16-bit values, the first in the low half.
 DEVICE u32 pack_pair(float first, float second) {
@@ -278,21 +181,6 @@ DEVICE void multiply(float (&sums)[TILES][ACCUMULATORS], Meta& meta, u32 values,
         }
     }
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-
-template <int PENDING>
-DEVICE void multiply_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
-}
-
-DEVICE void store_matrices(u32 to, u32 a, u32 b, u32 c, u32 d) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b),
-                 "r"(c), "r"(d)
-                 : "memory");
-}
-
-DEVICE void store_matrices(u32 to, u32 a, u32 b) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(to), "r"(a), "r"(b) : "memory");
 }
 
 // 64 rows x TOKENS of sums to y, through this warpgroup's staging: an accumulator holds two tokens of

@@ -153,13 +153,20 @@ DEVICE void wgmma_sp(float (&d)[{count}], u64 a, u64 b, u32 meta) {{
 """
 
 
+def _read(name: str) -> str:
+    return resources.files("cast_serve.kernels").joinpath(name).read_text()
+
+
 def source(config: Config, element: Element, output: torch.dtype) -> Source:
     """The source of one config, for the output type bfloat16 or float16."""
     registers, load_registers = config.registers
     return Source(
         name="wgmma_sp.cu",
-        text=resources.files("cast_serve.kernels").joinpath("wgmma_sp.cu").read_text(),
-        headers=(("instruction.cuh", _instruction(config.tokens, element)),),
+        text=_read("wgmma_sp.cu"),
+        headers=(
+            ("hopper.cuh", _read("hopper.cuh")),
+            ("instruction.cuh", _instruction(config.tokens, element)),
+        ),
         defines=(
             ("GROUPS", config.groups),
             ("TILES", config.tiles),

@@ -62,7 +62,7 @@ def test_wheel_contents(wheel):
     ):
         for source in (ROOT / folder).rglob("*"):
             # CUDA C++ and shipped plans are read at run time.
-            if source.suffix in (".py", ".cu", ".json"):
+            if source.suffix in (".py", ".cu", ".cuh", ".json"):
                 assert prefix + source.relative_to(ROOT).as_posix() in names
 
 
