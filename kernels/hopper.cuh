@@ -36,18 +36,28 @@ DEVICE u32 remote_address(u32 address, u32 rank) {
     return remote;
 }
 
-// All threads of the cluster meet; what they wrote to shared memory is visible to each other after it.
-DEVICE void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
+// All threads of the cluster meet in two halves: who has waited knows that all have arrived. It is no
+// wait for memory, but barriers initialised (and fenced) before it are seen after it.
+DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
 
-// They meet only: no wait for memory.
-DEVICE void cluster_meet() {
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+
+// Two floats into the shared memory of a CTA of the cluster; its barrier counts the 8 bytes.
+DEVICE void push_pair(u32 to, u32 barrier, u32 rank, float first, float second) {
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(
+            remote_address(to, rank)),
+        "f"(first), "f"(second), "r"(remote_address(barrier, rank))
+        : "memory");
 }
 
 DEVICE void barrier_init(u32 barrier, u32 arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
+}
+
+// Makes what was initialised known to the copy engine and to the cluster.
+DEVICE void barrier_init_fence() {
+    asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
 }
 
 DEVICE void barrier_expect(u32 barrier, u32 bytes) {

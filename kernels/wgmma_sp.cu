@@ -6,8 +6,8 @@
 //   Stage    WIDTH bytes of a row of x: values [ROWS, WIDTH/2 bytes], x [TOKENS, WIDTH bytes],
 //            metadata [ROWS/64, words, 128].
 //   Cluster  SPLIT x SHARE CTAs; CTA `rank` is member rank % SHARE of part rank / SHARE.
-//            The parts each take a piece of K and add their sums through distributed shared memory,
-//            in order, so results do not vary. The members of a part take neighbouring rows of the
+//            The parts each take a piece of K and push their sums into each other's shared memory,
+//            a part adding its share of them in order, so results do not vary. The members of a part take neighbouring rows of the
 //            weight and load each tile of x once for all of them (TMA multicast).
 //   Source   PTX ISA 8.x: "wgmma.mma_async.sp", "Matrix-Descriptor Format", "Tensor copy".
 //
@@ -44,14 +44,19 @@ constexpr int STAGE_BYTES = VALUES_BYTES + X_BYTES + META_BYTES;
 constexpr int X_AT = STAGES * VALUES_BYTES;
 constexpr int META_AT = X_AT + STAGES * X_BYTES;
 constexpr int BARRIERS_AT = META_AT + STAGES * META_BYTES;
-constexpr int STAGING_AT = BARRIERS_AT + ((2 * STAGES * 8 + 127) / 128) * 128;
+constexpr int INBOX_FULL_AT = BARRIERS_AT + 2 * STAGES * 8;
+constexpr int STAGING_AT = BARRIERS_AT + ((2 * STAGES + 1) * 8 + 127) / 128 * 128;
 constexpr int STAGING_TOKENS = TOKENS % 32 == 0 ? 32 : TOKENS % 16 == 0 ? 16 : 8;
 constexpr int STAGING_BYTES = STAGING_TOKENS * 128;  // a warpgroup's
-// +4 floats: the 8 rows x 4 token pairs that a warp writes at once fall into 32 banks.
-constexpr int PARTIAL_STRIDE = ROWS + 4;
+
+// Sums change hands in pieces of 8 tokens x 8 rows of fp32; piece i belongs to part i % SPLIT, which
+// has room for it from every part.
+constexpr int PIECES_A_BLOCK = ROWS / 8;  // of 8 tokens
+constexpr int PIECE_BYTES = 8 * 8 * 4;
+constexpr int PIECES_A_PART = (TOKENS / 8 * PIECES_A_BLOCK + SPLIT - 1) / SPLIT;
+constexpr int INBOX_AT = STAGING_AT;
 
 static_assert(CLUSTER <= 8, "larger clusters do not fit every GPU");
-static_assert(SPLIT == 1 || TOKENS * PARTIAL_STRIDE * 4 <= BARRIERS_AT, "partial sums reuse the stages");
 
 // Two floats as two 16-bit values, the first in the low half.
 DEVICE u32 pack_pair(float first, float second) {
@@ -109,6 +114,7 @@ struct Ring {
     DEVICE u32 meta(int stage) const { return base + META_AT + stage * META_BYTES; }
     DEVICE u32 full(int stage) const { return base + BARRIERS_AT + stage * 8; }
     DEVICE u32 empty(int stage) const { return base + BARRIERS_AT + (STAGES + stage) * 8; }
+    DEVICE u32 inbox_full() const { return base + INBOX_FULL_AT; }
 };
 
 struct Loads {
@@ -231,46 +237,50 @@ DEVICE void store_tile(float (&sums)[ACCUMULATORS], u32 staging, int group, cons
     }
 }
 
-// This warpgroup's sums into the CTA's partial tile [TOKENS, ROWS] of fp32, for the cluster to read.
-DEVICE void store_partial(float (&sums)[ACCUMULATORS], u32 partial, int row, int live) {
+// Pieces of the first `live` tokens that a part has to add.
+DEVICE int pieces_of(u32 part, int live) { return ((live + 7) / 8 * PIECES_A_BLOCK - (int)part + SPLIT - 1) / SPLIT; }
+
+// 64 rows of this warpgroup's sums to the parts they belong to.
+DEVICE void push_sums(float (&sums)[ACCUMULATORS], Ring ring, u32 part, u32 member, int row, int live) {
     int thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32;
-    u32 at = partial + (lane % 4 * 2 * PARTIAL_STRIDE + row + warp * 16 + lane / 4) * 4;
 #pragma unroll
     for (int block = 0; block < TOKENS / 8; ++block) {
         if (block * 8 >= live) break;
-        float* d = &sums[block * 4];
-        u32 to = at + block * 8 * PARTIAL_STRIDE * 4;
-        asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(d[0]) : "memory");
-        asm volatile("st.shared.f32 [%0], %1;" ::"r"(to + PARTIAL_STRIDE * 4), "f"(d[1]) : "memory");
-        asm volatile("st.shared.f32 [%0], %1;" ::"r"(to + 32), "f"(d[2]) : "memory");
-        asm volatile("st.shared.f32 [%0], %1;" ::"r"(to + PARTIAL_STRIDE * 4 + 32), "f"(d[3]) : "memory");
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            u32 piece = block * PIECES_A_BLOCK + (row + warp * 16) / 8 + half;
+            u32 place = part * PIECES_A_PART + piece / SPLIT;
+            // Row lane / 4 of the piece has its 8 tokens side by side.
+            u32 to = ring.base + INBOX_AT + place * PIECE_BYTES + lane * 8;
+            float* pair = &sums[block * 4 + half * 2];
+            push_pair(to, ring.inbox_full(), piece % SPLIT * SHARE + member, pair[0], pair[1]);
+        }
     }
 }
 
-// The CTAs that have parts of the same tile each add and store some of it, four rows of one token a thread.
-DEVICE void reduce_partials(u32 partial, u32 part, u32 member, const u16* bias, u16* y, int row, int token, int live,
-                            int N) {
-    constexpr int QUADS = ROWS / 4;
-    for (int index = part * THREADS + threadIdx.x; index < live * QUADS; index += SPLIT * THREADS) {
-        int at_token = index / QUADS, at_row = index % QUADS * 4;
-        if (row + at_row >= N) continue;
-        u32 address = partial + (at_token * PARTIAL_STRIDE + at_row) * 4;
-        float sums[SPLIT][4];
+// Adds the pieces of this part and stores them, 8 rows of one token a thread.
+DEVICE void add_pieces(Ring ring, u32 part, const u16* bias, u16* y, int row, int token, int live, int N) {
+    for (int index = threadIdx.x; index < pieces_of(part, live) * 8; index += COMPUTE_WARPS * 32) {
+        u32 place = index / 8, piece = place * SPLIT + part;
+        int at_token = piece / PIECES_A_BLOCK * 8 + index % 8, at_row = row + piece % PIECES_A_BLOCK * 8;
+        if (at_token >= live || at_row >= N) continue;
+        u32 from = ring.base + INBOX_AT + place * PIECE_BYTES + index % 8 * 4;
+        float sum[8];
 #pragma unroll
-        for (int other = 0; other < SPLIT; ++other)
-            asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                         : "=f"(sums[other][0]), "=f"(sums[other][1]), "=f"(sums[other][2]), "=f"(sums[other][3])
-                         : "r"(remote_address(address, other * SHARE + member)));
-        float sum[4];
+        for (int i = 0; i < 8; ++i) {
+            sum[i] = bias ? to_float(bias[at_row + i]) : 0.f;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            sum[i] = sums[0][i];
-#pragma unroll
-            for (int other = 1; other < SPLIT; ++other) sum[i] += sums[other][i];
-            if (bias) sum[i] += to_float(bias[row + at_row + i]);
+            for (int other = 0; other < SPLIT; ++other) {
+                float value;
+                asm volatile("ld.shared.f32 %0, [%1];"
+                             : "=f"(value)
+                             : "r"(from + other * PIECES_A_PART * PIECE_BYTES + i * 32));
+                sum[i] += value;
+            }
         }
-        asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(y + (u64)(token + at_token) * N + row + at_row),
-                     "r"(pack_pair(sum[0], sum[1])), "r"(pack_pair(sum[2], sum[3]))
+        asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(y + (u64)(token + at_token) * N + at_row),
+                     "r"(pack_pair(sum[0], sum[1])), "r"(pack_pair(sum[2], sum[3])), "r"(pack_pair(sum[4], sum[5])),
+                     "r"(pack_pair(sum[6], sum[7]))
                      : "memory");
     }
 }
@@ -293,51 +303,58 @@ extern "C" __global__ void ATTRIBUTES wgmma_sp(const __grid_constant__ TensorMap
     u32 rank = CLUSTER > 1 ? cluster_rank() : 0;
     u32 part = rank / SHARE, member = rank % SHARE;
 
-    if (threadIdx.x == COMPUTE_WARPS * 32) {
-        prefetch_map(&values_map);
-        prefetch_map(&meta_map);
-        prefetch_map(&x_map);
-    }
-    if (threadIdx.x == 0) {
-        for (int stage = 0; stage < STAGES; ++stage) {
-            barrier_init(ring.full(stage), 1);
-            barrier_init(ring.empty(stage), COMPUTE_WARPS * SHARE);
-        }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    }
-    if constexpr (SHARE > 1)
-        cluster_meet();
-    else
-        __syncthreads();
-
     int k_tiles = (K + COLUMNS - 1) / COLUMNS;
     int row_tiles = (N + ROWS * SHARE - 1) / (ROWS * SHARE), token_tiles = (M + TOKENS - 1) / TOKENS;
     int tiles = row_tiles * token_tiles;
     int first_tile = blockIdx.x / CLUSTER, stride = gridDim.x / CLUSTER;
-    int k_first = 0, k_end = k_tiles;
-    if constexpr (SPLIT > 1) {
-        k_first = k_tiles * part / SPLIT;
-        k_end = k_tiles * (part + 1) / SPLIT;
+    int k_first = k_tiles * part / SPLIT, k_end = k_tiles * (part + 1) / SPLIT;
+
+    // One token tile: nobody else reads this part of the weight.
+    Loads loads{&values_map, &meta_map, &x_map, ring, part, member, token_tiles == 1 ? EVICT_FIRST : EVICT_NORMAL};
+    int early = 0;
+    if (threadIdx.x == COMPUTE_WARPS * 32) {
+        prefetch_map(&values_map);
+        prefetch_map(&meta_map);
+        prefetch_map(&x_map);
+        for (int stage = 0; stage < STAGES; ++stage) {
+            barrier_init(ring.full(stage), 1);
+            barrier_init(ring.empty(stage), COMPUTE_WARPS * SHARE);
+        }
+        if constexpr (SPLIT > 1) {
+            barrier_init(ring.inbox_full(), 1);
+            int live = min(TOKENS, M - tile_at(first_tile, row_tiles, token_tiles).token * TOKENS);
+            barrier_expect(ring.inbox_full(), pieces_of(part, live) * SPLIT * PIECE_BYTES);
+        }
+        barrier_init_fence();
+        // The weight depends on no kernel before this one and on nobody else here: first of all, it is
+        // sent for.
+        if (first_tile < tiles) {
+            int row = tile_at(first_tile, row_tiles, token_tiles).row * SHARE + member;
+            early = min(STAGES, k_end - k_first);
+#pragma unroll 1
+            for (int i = 0; i < early; ++i) loads.weight(i, row, k_first + i);
+        }
     }
+    if constexpr (CLUSTER > 1) cluster_arrive();
+    if constexpr (SHARE > 1)
+        cluster_wait();
+    else
+        __syncthreads();
 
     if (warp >= COMPUTE_WARPS) {
 #if COMPUTE_REGISTERS
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(LOAD_REGISTERS));
 #endif
         if (threadIdx.x == COMPUTE_WARPS * 32) {
-            // One token tile: nobody else reads this part of the weight.
-            Loads loads{&values_map, &meta_map, &x_map, ring, part, member, token_tiles == 1 ? EVICT_FIRST : EVICT_NORMAL};
             Cursor cursor;
-            // The weight does not depend on the kernel before this one; x does.
-            int early = 0;
+            asm volatile("griddepcontrol.wait;" ::: "memory");
             if (first_tile < tiles) {
-                Tile tile = tile_at(first_tile, row_tiles, token_tiles);
-                int row = tile.row * SHARE + member;
-                early = min(STAGES, k_end - k_first);
-                for (int i = 0; i < early; ++i) loads.weight(i, row, k_first + i);
-                asm volatile("griddepcontrol.wait;" ::: "memory");
-                for (int i = 0; i < early; ++i) loads.x(i, tile.token, k_first + i);
-                for (int i = 0; i < early; ++i) cursor.advance();
+                int token = tile_at(first_tile, row_tiles, token_tiles).token;
+#pragma unroll 1
+                for (int i = 0; i < early; ++i) {
+                    loads.x(i, token, k_first + i);
+                    cursor.advance();
+                }
             }
             for (int index = first_tile; index < tiles; index += stride) {
                 Tile tile = tile_at(index, row_tiles, token_tiles);
@@ -361,8 +378,8 @@ extern "C" __global__ void ATTRIBUTES wgmma_sp(const __grid_constant__ TensorMap
                 }
             }
         }
-        // Not otherwise: ptxas gives the roles registers of their own only if they never meet again.
-        if constexpr (SPLIT > 1) __syncwarp();
+        // Every arrival wants its wait.
+        if constexpr (SPLIT > 1 && SHARE == 1) cluster_wait();
     } else {
 #if COMPUTE_REGISTERS
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COMPUTE_REGISTERS));
@@ -416,22 +433,15 @@ extern "C" __global__ void ATTRIBUTES wgmma_sp(const __grid_constant__ TensorMap
                 for (int i = 0; i < TILES; ++i)
                     store_tile(sums[i], staging, group, bias, y, row + i * 64, token, M, N);
             } else {
-                // The partial sums take the place of the stages: all warps must be done with those.
-                asm volatile("bar.sync 15, %0;" ::"n"(COMPUTE_WARPS * 32) : "memory");
+                int row = (tile.row * SHARE + member) * ROWS, live = min(TOKENS, M - token);
+                // The others' barriers are there.
+                if constexpr (SHARE == 1) cluster_wait();
 #pragma unroll
                 for (int i = 0; i < TILES; ++i)
-                    store_partial(sums[i], ring.base, (group * TILES + i) * 64, min(TOKENS, M - token));
+                    push_sums(sums[i], ring, part, member, (group * TILES + i) * 64, live);
+                barrier_wait(ring.inbox_full(), 0);
+                add_pieces(ring, part, bias, y, row, token, live, N);
             }
         }
-    }
-
-    if constexpr (SPLIT > 1) {
-        cluster_sync();
-        Tile tile = tile_at(first_tile, row_tiles, token_tiles);
-        int token = tile.token * TOKENS;
-        reduce_partials(ring.base, part, member, bias, y, (tile.row * SHARE + member) * ROWS, token,
-                        min(TOKENS, M - token), N);
-        // A CTA's shared memory must outlive the others' reads of it.
-        cluster_meet();
     }
 }

@@ -96,7 +96,7 @@ class Config:
         ptxas rounds the block up to whole warpgroups and gives each thread the same share of 64 K:
         168 for two and 128 for three beside the loading one, too few for large tiles.
         """
-        if self.split > 1 or self.ctas > 1 or self.tiles * self.tokens < 192:
+        if self.ctas > 1 or self.tiles * self.tokens < 192:
             return 0, 0
         return {2: (232, 40), 3: (152, 56)}.get(self.groups, (0, 0))
 
@@ -112,8 +112,12 @@ class Config:
 
     @property
     def fixed_bytes(self) -> int:
-        """Shared memory beside the stages: barriers of up to 32 stages, and output staging."""
-        return 1024 + (self.groups * min(self.tokens, 32) * 128 if self.split == 1 else 0)
+        """Shared memory beside the stages: barriers of up to 32, and room for outputs or sums."""
+        if self.split == 1:
+            return 1024 + self.groups * min(self.tokens, 32) * 128
+        # Pieces of 8 x 8 sums in fp32, from each part as many as a part adds.
+        pieces = -(-(self.rows * self.tokens // 64) // self.split)
+        return 1024 + self.split * pieces * 256
 
     @property
     def stages(self) -> int:

@@ -54,8 +54,8 @@ def test_compiles(name):
         3 * config.tiles * config.width // 64
     )
     assert "UTMALDG" in code and "LDG" not in re.sub(r"UTMALDG|LDG\.E\.U16", "", code)
-    # A wait for all memory traffic, which halved the speed: only where partial sums change hands.
-    assert code.count("MEMBAR.ALL.GPU") == (1 if config.split > 1 else 0)
+    # A wait for all memory traffic, which halved the speed where each stage had one.
+    assert "MEMBAR.ALL.GPU" not in code
 
 
 def test_float16_compiles():
