@@ -244,16 +244,24 @@ DEVICE int pieces_of(u32 part, int live) { return ((live + 7) / 8 * PIECES_A_BLO
 DEVICE void push_sums(float (&sums)[ACCUMULATORS], Ring ring, u32 part, u32 member, int row, int live) {
     int thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32;
 #pragma unroll
-    for (int block = 0; block < TOKENS / 8; ++block) {
-        if (block * 8 >= live) break;
+    for (int half = 0; half < 2; ++half) {
+        int piece = (row + warp * 16) / 8 + half;
+        int owner = piece % SPLIT, place = piece / SPLIT;
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            u32 piece = block * PIECES_A_BLOCK + (row + warp * 16) / 8 + half;
-            u32 place = part * PIECES_A_PART + piece / SPLIT;
+        for (int block = 0; block < TOKENS / 8; ++block) {
+            if (block * 8 >= live) break;
             // Row lane / 4 of the piece has its 8 tokens side by side.
-            u32 to = ring.base + INBOX_AT + place * PIECE_BYTES + lane * 8;
+            u32 to = ring.base + INBOX_AT + (part * PIECES_A_PART + place) * PIECE_BYTES + lane * 8;
             float* pair = &sums[block * 4 + half * 2];
-            push_pair(to, ring.inbox_full(), piece % SPLIT * SHARE + member, pair[0], pair[1]);
+            push_pair(to, ring.inbox_full(), owner * SHARE + member, pair[0], pair[1]);
+            // To the same rows of the next 8 tokens. Divided anew for each, the addresses of all would
+            // be there at once, and registers run out.
+            owner += PIECES_A_BLOCK % SPLIT;
+            place += PIECES_A_BLOCK / SPLIT;
+            if (owner >= SPLIT) {
+                owner -= SPLIT;
+                ++place;
+            }
         }
     }
 }
