@@ -51,6 +51,9 @@ constexpr int STAGING_BYTES = STAGING_TOKENS * 128;  // a warpgroup's
 constexpr int PARTIAL_STRIDE = ROWS + 4;
 
 static_assert(CLUSTER <= 8, "larger clusters do not fit every GPU");
+static_assert(STAGES >= 2, "a stage is released once the next has begun");
+static_assert(ROWS <= 256 && TOKENS <= 256, "a box of the copy engine has at most 256 rows");
+static_assert(TOKENS % (8 * SHARE) == 0, "a member loads whole groups of 8 swizzled rows of x");
 static_assert(SPLIT == 1 || TOKENS * PARTIAL_STRIDE * 4 <= BARRIERS_AT, "partial sums reuse the stages");
 
 // Two floats as two 16-bit values, the first in the low half.
@@ -149,10 +152,12 @@ DEVICE void load_meta(Meta& meta, u32 address) {
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile)
 #pragma unroll
-        for (int word = 0; word < META_WORDS; ++word)
-            asm volatile("ld.shared.u32 %0, [%1];"
-                         : "=r"(meta[tile][word])
-                         : "r"(address + (tile * META_WORDS + word) * 512));
+        for (int word = 0; word < META_WORDS; ++word) {
+            u32 codes;
+            asm volatile("ld.shared.u32 %0, [%1];" : "=r"(codes) : "r"(address + (tile * META_WORDS + word) * 512));
+            // Zero is what lies outside of the tensor, and as metadata undefined. 0100 is columns 0 and 1.
+            meta[tile][word] = codes ? codes : 0x44444444;
+        }
 }
 
 // The instructions read their metadata registers while they run: they must stay until the wait.
