@@ -82,6 +82,15 @@ DEVICE void barrier_wait(u32 barrier, u32 parity) {
         : "memory");
 }
 
+// For what other CTAs of the cluster have pushed. Not for every wait: it empties the L1 cache.
+DEVICE void barrier_wait_cluster(u32 barrier, u32 parity) {
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "AGAIN:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+        "@done bra READY;\nbra AGAIN;\nREADY:\n}" ::"r"(barrier), "r"(parity)
+        : "memory");
+}
+
 DEVICE void group_sync(int group) { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); }
 
 // A map is 128 bytes of parameters that the copy engine would fetch at its first load.

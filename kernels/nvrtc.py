@@ -116,7 +116,8 @@ class Function:
         shared_bytes: dynamic shared memory of a block.
         threads: of a block.
         overlaps: launch before the kernel ahead has ended (programmatic dependent launch); the
-            kernel itself waits (`griddepcontrol.wait`) before it reads what that one wrote.
+            kernel itself waits (`griddepcontrol.wait`) before it reads what that one wrote. What
+            it reads earlier must have been complete before that one began.
 
     Raises:
         RuntimeError: the driver's error, with the call that failed.

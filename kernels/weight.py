@@ -43,7 +43,9 @@ def build(values: torch.Tensor, mask: torch.Tensor, layouts: tuple[str, ...]) ->
     the start of one, and the metadata is the whole buffer; else `values` itself is kept.
 
     Args:
-        values: [N, K/2], contiguous, as `pack` gives them.
+        values: [N, K/2], contiguous, as `pack` gives them. Kernels may read a weight before the
+            kernel ahead of them has ended (`nvrtc.Function`), so what writes to it must have been
+            waited for: this waits, and whoever changes a weight in place has to.
         mask: uint8 [N, K/8] on the same device.
         layouts: of LAYOUT_NAMES, as in `Plan.layouts`; "cusparselt" only on the current device.
 
@@ -62,4 +64,6 @@ def build(values: torch.Tensor, mask: torch.Tensor, layouts: tuple[str, ...]) ->
         cusparselt.fill_metadata(blob, mask, problem)
         values = shared
         metadata[cusparselt.SPEC.metadata] = blob
+    if values.is_cuda:
+        torch.cuda.current_stream(values.device).synchronize()
     return SparseWeight(values=values, metadata=tuple(metadata[layout] for layout in layouts))

@@ -54,9 +54,18 @@ constexpr int STAGING_BYTES = STAGING_TOKENS * 128;  // a warpgroup's
 constexpr int PIECES_A_BLOCK = ROWS / 8;  // of 8 tokens
 constexpr int PIECE_BYTES = 8 * 8 * 4;
 constexpr int PIECES_A_PART = (TOKENS / 8 * PIECES_A_BLOCK + SPLIT - 1) / SPLIT;
-constexpr int INBOX_AT = STAGING_AT;
+constexpr int INBOX_BYTES = SPLIT * PIECES_A_PART * PIECE_BYTES;
+// A small one has a place of its own, and pushing waits for nothing. A large one would leave too few
+// stages: it takes the place of those, once all parts are done with theirs.
+constexpr bool INBOX_OVER_STAGES = INBOX_BYTES > 16384;
+constexpr int INBOX_AT = INBOX_OVER_STAGES ? 0 : STAGING_AT;
 
 static_assert(CLUSTER <= 8, "larger clusters do not fit every GPU");
+static_assert(STAGES >= 2, "a stage is released once the next has begun");
+static_assert(ROWS <= 256 && TOKENS <= 256, "a box of the copy engine has at most 256 rows");
+static_assert(!INBOX_OVER_STAGES || INBOX_BYTES <= BARRIERS_AT, "the stages hold the inbox");
+static_assert(SPLIT == 1 || PIECES_A_BLOCK >= SPLIT, "a part without a piece would not wait for the others");
+static_assert(TOKENS % (8 * SHARE) == 0, "a member loads whole groups of 8 swizzled rows of x");
 
 // Two floats as two 16-bit values, the first in the low half.
 DEVICE u32 pack_pair(float first, float second) {
@@ -155,10 +164,12 @@ DEVICE void load_meta(Meta& meta, u32 address) {
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile)
 #pragma unroll
-        for (int word = 0; word < META_WORDS; ++word)
-            asm volatile("ld.shared.u32 %0, [%1];"
-                         : "=r"(meta[tile][word])
-                         : "r"(address + (tile * META_WORDS + word) * 512));
+        for (int word = 0; word < META_WORDS; ++word) {
+            u32 codes;
+            asm volatile("ld.shared.u32 %0, [%1];" : "=r"(codes) : "r"(address + (tile * META_WORDS + word) * 512));
+            // Zero is what lies outside of the tensor, and as metadata undefined. 0100 is columns 0 and 1.
+            meta[tile][word] = codes ? codes : 0x44444444;
+        }
 }
 
 // The instructions read their metadata registers while they run: they must stay until the wait.
@@ -250,8 +261,10 @@ DEVICE void push_sums(float (&sums)[ACCUMULATORS], Ring ring, u32 part, u32 memb
 #pragma unroll
         for (int block = 0; block < TOKENS / 8; ++block) {
             if (block * 8 >= live) break;
-            // Row lane / 4 of the piece has its 8 tokens side by side.
-            u32 to = ring.base + INBOX_AT + (part * PIECES_A_PART + place) * PIECE_BYTES + lane * 8;
+            // A row of the piece has its 8 tokens side by side. Rows are swizzled by the place: a warp
+            // reads one row of four pieces at once.
+            u32 to = ring.base + INBOX_AT + (part * PIECES_A_PART + place) * PIECE_BYTES +
+                     (lane / 4 ^ place % 4) * 32 + lane % 4 * 8;
             float* pair = &sums[block * 4 + half * 2];
             push_pair(to, ring.inbox_full(), owner * SHARE + member, pair[0], pair[1]);
             // To the same rows of the next 8 tokens. Divided anew for each, the addresses of all would
@@ -282,7 +295,7 @@ DEVICE void add_pieces(Ring ring, u32 part, const u16* bias, u16* y, int row, in
                 float value;
                 asm volatile("ld.shared.f32 %0, [%1];"
                              : "=f"(value)
-                             : "r"(from + other * PIECES_A_PART * PIECE_BYTES + i * 32));
+                             : "r"(from + other * PIECES_A_PART * PIECE_BYTES + (i ^ place % 4) * 32));
                 sum[i] += value;
             }
         }
@@ -444,10 +457,15 @@ extern "C" __global__ void ATTRIBUTES wgmma_sp(const __grid_constant__ TensorMap
                 int row = (tile.row * SHARE + member) * ROWS, live = min(TOKENS, M - token);
                 // The others' barriers are there.
                 if constexpr (SHARE == 1) cluster_wait();
+                if constexpr (INBOX_OVER_STAGES) {
+                    // And their stages are done with. Warps that load have left, or will.
+                    cluster_arrive();
+                    cluster_wait();
+                }
 #pragma unroll
                 for (int i = 0; i < TILES; ++i)
                     push_sums(sums[i], ring, part, member, (group * TILES + i) * 64, live);
-                barrier_wait(ring.inbox_full(), 0);
+                barrier_wait_cluster(ring.inbox_full(), 0);
                 add_pieces(ring, part, bias, y, row, token, live, N);
             }
         }

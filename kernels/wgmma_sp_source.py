@@ -115,9 +115,11 @@ class Config:
         """Shared memory beside the stages: barriers of up to 32, and room for outputs or sums."""
         if self.split == 1:
             return 1024 + self.groups * min(self.tokens, 32) * 128
-        # Pieces of 8 x 8 sums in fp32, from each part as many as a part adds.
+        # Pieces of 8 x 8 sums in fp32, from each part as many as a part adds; large ones take the
+        # place of stages.
         pieces = -(-(self.rows * self.tokens // 64) // self.split)
-        return 1024 + self.split * pieces * 256
+        inbox = self.split * pieces * 256
+        return 1024 + (inbox if inbox <= 16384 else 0)
 
     @property
     def stages(self) -> int:

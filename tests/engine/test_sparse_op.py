@@ -14,12 +14,11 @@ pytestmark = pytest.mark.engine
 
 @pytest.fixture(scope="module")
 def sparse_engine(tmp_path_factory) -> Iterator[Engine]:
-    """An engine whose 2:4 layers stay packed; its log goes where `Engine.log` reads it."""
+    """An engine whose 2:4 layers stay packed."""
     folder = tmp_path_factory.mktemp("sparse")
     environment = {
         "CAST_SERVE_KERNEL": "reference",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_STREAM": "ext://sys.stderr",
     }
     running = Engine(folder / "stderr", environment)
     yield running

@@ -42,7 +42,13 @@ class Engine:
             stdout=subprocess.PIPE,
             stderr=self.errors,
             text=True,
-            env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", **environment},
+            env={
+                **os.environ,
+                "VLLM_CPU_KVCACHE_SPACE": "1",
+                # stdout is for answers; without this vLLM logs there.
+                "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+                **environment,
+            },
         )
 
     def __call__(self, model: Path, **options: Any) -> Answer:
