@@ -267,8 +267,9 @@ DEVICE void push_sums(float (&sums)[ACCUMULATORS], Ring ring, u32 part, u32 memb
                      (lane / 4 ^ place % 4) * 32 + lane % 4 * 8;
             float* pair = &sums[block * 4 + half * 2];
             push_pair(to, ring.inbox_full(), owner * SHARE + member, pair[0], pair[1]);
-            // To the same rows of the next 8 tokens. Divided anew for each, the addresses of all would
-            // be there at once, and registers run out.
+            // To the same rows of the next 8 tokens. Hidden from the compiler, which would have the
+            // addresses of all at once, and run out of registers.
+            asm volatile("" : "+r"(owner), "+r"(place));
             owner += PIECES_A_BLOCK % SPLIT;
             place += PIECES_A_BLOCK / SPLIT;
             if (owner >= SPLIT) {
