@@ -10,7 +10,6 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import os
 import re
 import tempfile
 from pathlib import Path
@@ -69,7 +68,7 @@ def read(problem: Problem) -> Plan | None:
         stored = json.loads(path.read_text())
         if {**stored, "plan": None} != {**_key(problem), "plan": None}:
             raise ValueError("it is of another GPU, shape or version")
-        return Plan.from_json(stored["plan"])
+        return Plan.from_json(stored.get("plan"))
     except FileNotFoundError:
         return None
     # TypeError: JSON, but no object or no list where one is expected.
@@ -84,9 +83,11 @@ def write(problem: Problem, plan: Plan) -> None:
     text = json.dumps({**_key(problem), "plan": plan.to_json()}, indent=1)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            file.write(text)
-        os.replace(file.name, path)
+        # A folder of its own, so that nothing is left behind where the disk is full.
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            part = Path(folder) / path.name
+            part.write_text(text)
+            part.replace(path)
     except OSError as error:
         logger.warning("kernels are measured again at every start: %s: %s", path, error)
 

@@ -4,8 +4,8 @@ A table is {"family": "NVIDIA H100", "plans": [row, ...]}, a row what `row_of` g
 every GPU whose name starts with its family.
 
 Tables are measured in bfloat16. float16 moves the same bytes at the same instruction rate, so a
-bfloat16 row serves float16 where the table has none of its own. Not one with cuSPARSELt, whose
-algorithms are numbered for each dtype.
+bfloat16 row serves float16 where the table has none of its own. Not one with cuSPARSELt, which has
+kernels of its own for each dtype.
 """
 
 import dataclasses
@@ -25,8 +25,8 @@ from cast_serve.kernels.problem import Problem
 def row_of(problem: Problem, plan: Plan) -> dict[str, Any]:
     """The row of a plan measured here.
 
-    It has cuSPARSELt's version where the plan runs it: algorithms are numbered anew, and get
-    faster or slower, from one version to the next.
+    It has cuSPARSELt's version where the plan runs it: its kernels get faster or slower from one
+    version to the next.
     """
     row = {**_key(problem), "plan": plan.to_json()}
     if _uses_cusparselt(plan):

@@ -37,6 +37,12 @@ def test_unknown_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no model 'gpt-5'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("tokens", ["0", "1,-8", "1,,8", "many"])
+def test_bad_tokens(tokens: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--tokens", tokens]) == 2
+    assert f"--tokens {tokens}: needs numbers from 1 on" in capsys.readouterr().err
+
+
 def test_parse() -> None:
     options = parse(["--models", "llama-3.1-8b", "--kernel", "wgmma_sp:g2x1", "--dtype", "float16"])
     assert [model.name for model in options.models] == ["Llama-3.1-8B"]
