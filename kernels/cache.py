@@ -11,7 +11,6 @@ import importlib.metadata
 import json
 import logging
 import re
-import tempfile
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ import torch
 from cast_serve.kernels import cusparselt_abi
 from cast_serve.kernels.plan import Plan
 from cast_serve.kernels.problem import Problem
-from cast_serve.kernels.user_cache import user_cache
+from cast_serve.kernels.user_cache import user_cache, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -82,12 +81,7 @@ def write(problem: Problem, plan: Plan) -> None:
     path = path_of(problem)
     text = json.dumps({**_key(problem), "plan": plan.to_json()}, indent=1)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # A folder of its own, so that nothing is left behind where the disk is full.
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            part = Path(folder) / path.name
-            part.write_text(text)
-            part.replace(path)
+        write_whole(path, text.encode())
     except OSError as error:
         logger.warning("kernels are measured again at every start: %s: %s", path, error)
 

@@ -122,7 +122,7 @@ def test_table_file(tmp_path: Path) -> None:
     """Written, found again by the GPU's name, and a second plan of a shape takes its place."""
     problem = Problem(N=64, K=128, dtype=torch.float16, capability=(9, 0), gpu="NVIDIA L4")
     path, table = find_table(tmp_path, problem.gpu)
-    assert path.name == "l4.json" and table == {"family": "NVIDIA L4", "plans": []}
+    assert path.name == "l4.json" and table == {"gpu": "NVIDIA L4", "plans": []}
     for config in ("first", "second"):
         plan = Plan.of({1: ("mma_sp", config)})
         add_plan(table, problem, plan)

@@ -123,7 +123,7 @@ def test_libraries_are_not_tried_where_a_plan_ships(monkeypatch):
 
 
 def ship(monkeypatch: pytest.MonkeyPatch, *rows: dict) -> None:
-    table = {"family": "NVIDIA Grasshopper", "plans": rows}
+    table = {"gpu": GPU, "plans": rows}
     monkeypatch.setattr(shipped, "tables", lambda: [table])
 
 
@@ -132,7 +132,7 @@ def test_shipped_plan_comes_before_measuring(monkeypatch):
     ship(monkeypatch, shipped.row_of(problem(), plan))
     assert plan_for(problem()) == plan
     assert shipped.find(problem(N=1024)) is None
-    assert shipped.find(problem(gpu="NVIDIA GB200")) is None
+    assert shipped.find(problem(gpu=f"{GPU} MIG 1g.10gb")) is None
 
 
 def test_shipped_plan_in_bfloat16_serves_float16(monkeypatch):
