@@ -59,7 +59,7 @@ def parse(arguments: Sequence[str] | None) -> Options:
     """Options of a command line.
 
     Raises:
-        ValueError: a model or kernel that there is not.
+        ValueError: a model, kernel or number of tokens that there is not.
     """
     parser = argparse.ArgumentParser(
         prog="python -m bench.bench_linear",
@@ -87,7 +87,7 @@ def parse(arguments: Sequence[str] | None) -> Options:
     default = QUICK_TOKENS if given.quick else TOKENS
     return Options(
         models=tuple(find_model(name) for name in given.models.split(",")),
-        tokens=tuple(int(M) for M in given.tokens.split(",")) if given.tokens else default,
+        tokens=parse_tokens(given.tokens) if given.tokens else default,
         dtype=getattr(torch, given.dtype),
         forced=tuple(Forced.parse(name) for name in chosen),
         budget_ms=20 if given.quick else 60,
@@ -95,6 +95,18 @@ def parse(arguments: Sequence[str] | None) -> Options:
         out=given.out,
         commit=given.commit,
     )
+
+
+def parse_tokens(given: str) -> tuple[int, ...]:
+    """Numbers of tokens from "1,8".
+
+    Raises:
+        ValueError: something else.
+    """
+    tokens = given.split(",")
+    if not all(M.isdecimal() and int(M) for M in tokens):
+        raise ValueError(f"--tokens {given}: needs numbers from 1 on, such as 1,8")
+    return tuple(map(int, tokens))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -136,12 +136,12 @@ def best_plan(
 
 
 def find_table(tables: Path, gpu: str) -> tuple[Path, dict[str, Any]]:
-    """The table that serves `gpu`, or a new one for this very name."""
+    """The table that serves `gpu`, or a new one."""
     for path in sorted(tables.glob("*.json")):
         table = json.loads(path.read_text())
-        if gpu.startswith(table["family"]):
+        if gpu == table["gpu"]:
             return path, table
-    return tables / f"{slug(gpu)}.json", {"family": gpu, "plans": []}
+    return tables / f"{slug(gpu)}.json", {"gpu": gpu, "plans": []}
 
 
 def add_plan(table: dict[str, Any], problem: Problem, plan: Plan) -> None:
@@ -157,7 +157,7 @@ def write_table(path: Path, table: dict[str, Any]) -> None:
     plans = ",\n".join(json.dumps(row) for row in table["plans"])
     part = path.with_suffix(".part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    part.write_text(f'{{"family": {json.dumps(table["family"])}, "plans": [\n{plans}\n]}}\n')
+    part.write_text(f'{{"gpu": {json.dumps(table["gpu"])}, "plans": [\n{plans}\n]}}\n')
     part.replace(path)
 
 

@@ -169,6 +169,9 @@ class CastLinearMethod(LinearMethodBase):
             if forced.name != REFERENCE.name:
                 raise ValueError(f"{forced} needs a GPU; on a CPU there is {REFERENCE.name}")
             plan = REFERENCE_PLAN
+            (row,) = plan.rows
+            if forced.config not in (None, row.config):
+                raise ValueError(f"{forced}: no such config; there is {row.config}")
         elif current_platform.is_cuda():
             problem = Problem.on(values.device, N=rows, K=columns, dtype=values.dtype)
             try:

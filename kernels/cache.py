@@ -10,9 +10,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import os
 import re
-import tempfile
 from pathlib import Path
 
 import torch
@@ -20,7 +18,7 @@ import torch
 from cast_serve.kernels import cusparselt_abi
 from cast_serve.kernels.plan import Plan
 from cast_serve.kernels.problem import Problem
-from cast_serve.kernels.user_cache import user_cache
+from cast_serve.kernels.user_cache import user_cache, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +67,7 @@ def read(problem: Problem) -> Plan | None:
         stored = json.loads(path.read_text())
         if {**stored, "plan": None} != {**_key(problem), "plan": None}:
             raise ValueError("it is of another GPU, shape or version")
-        return Plan.from_json(stored["plan"])
+        return Plan.from_json(stored.get("plan"))
     except FileNotFoundError:
         return None
     # TypeError: JSON, but no object or no list where one is expected.
@@ -83,10 +81,7 @@ def write(problem: Problem, plan: Plan) -> None:
     path = path_of(problem)
     text = json.dumps({**_key(problem), "plan": plan.to_json()}, indent=1)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            file.write(text)
-        os.replace(file.name, path)
+        write_whole(path, text.encode())
     except OSError as error:
         logger.warning("kernels are measured again at every start: %s: %s", path, error)
 

@@ -9,14 +9,14 @@ import ctypes
 import functools
 import hashlib
 import logging
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from cast_serve.kernels.user_cache import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -86,24 +86,38 @@ def compile_cubin(source: Source) -> bytes:
 def cached_cubin(source: Source, folder: Path) -> bytes:
     """`compile_cubin`, kept in `folder` under a hash of everything that goes into it.
 
-    Where it cannot be kept a warning says why: the next start compiles again.
+    A file that cannot be used is named in a warning and compiled anew; where none can be kept, a
+    warning says that the next start compiles again.
     """
     from cuda.bindings import nvrtc
 
     version = nvrtc.nvrtcVersion()[1:]
     key = hashlib.sha256(repr((source, version)).encode()).hexdigest()[:32]
     path = folder / f"{source.name.removesuffix('.cu')}-{key}.cubin"
-    if path.exists():
-        return path.read_bytes()
+    cubin = _read_cubin(path)
+    if cubin is not None:
+        return cubin
     cubin = compile_cubin(source)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # Several ranks compile the same kernel at once: each renames a whole file into place.
-        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-            file.write(cubin)
-        os.replace(file.name, path)
+        # Its hash first: the driver would take a damaged one for a broken kernel, or crash.
+        write_whole(path, hashlib.sha256(cubin).digest() + cubin)
     except OSError as error:
-        logger.warning("kernels are compiled again at every start: %s: %s", folder, error)
+        logger.warning("kernels are compiled again at every start: %s: %s", path, error)
+    return cubin
+
+
+def _read_cubin(path: Path) -> bytes | None:
+    try:
+        stored = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        logger.warning("%s is not used, and compiled again: %s", path, error)
+        return None
+    digest, cubin = stored[:32], stored[32:]
+    if hashlib.sha256(cubin).digest() != digest:
+        logger.warning("%s is not used, and compiled again: it is damaged", path)
+        return None
     return cubin
 
 

@@ -58,7 +58,7 @@ def linear_2of4(
     Raises:
         ValueError: shapes, dtypes or devices do not belong together, or selection refuses.
     """
-    _check(x, values, bias)
+    _check(x, values, metadata, bias)
     N, H = values.shape
     table, layouts = routes(values.device, N, H, values.dtype)
     if len(metadata) != layouts:
@@ -85,11 +85,11 @@ def linear_2of4(
 
 @linear_2of4.register_fake
 def _(x: Tensor, values: Tensor, metadata: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-    _check(x, values, bias)
+    _check(x, values, metadata, bias)
     return x.new_empty(*x.shape[:-1], values.shape[0])
 
 
-def _check(x: Tensor, values: Tensor, bias: Tensor | None) -> None:
+def _check(x: Tensor, values: Tensor, metadata: Sequence[Tensor], bias: Tensor | None) -> None:
     if values.dim() != 2 or x.dim() == 0 or x.shape[-1] != 2 * values.shape[1]:
         raise ValueError(
             f"x {list(x.shape)} does not fit values {list(values.shape)}: "
@@ -99,6 +99,9 @@ def _check(x: Tensor, values: Tensor, bias: Tensor | None) -> None:
         raise ValueError(
             f"x is {x.dtype} on {x.device}, values are {values.dtype} on {values.device}"
         )
+    for tensor in metadata:
+        if tensor.device != values.device:
+            raise ValueError(f"metadata is on {tensor.device}, values are on {values.device}")
     if bias is None:
         return
     if bias.dim() != 1 or bias.shape[0] != values.shape[0]:

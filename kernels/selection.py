@@ -17,6 +17,7 @@ from cast_serve.kernels.plan import BUCKETS, Plan
 from cast_serve.kernels.prepare import Candidate, prepare_all
 from cast_serve.kernels.problem import Problem
 from cast_serve.kernels.registry import KERNELS, NAMED
+from cast_serve.kernels.spec import KernelSpec
 from cast_serve.kernels.tune import TuningError, tune
 
 logger = logging.getLogger(__name__)
@@ -49,8 +50,11 @@ def plan_for(problem: Problem) -> Plan:
             return plan
         logger.warning("shipped plan for %s is not used, kernels are timed: %s", problem, refused)
     plan = disk.read(problem)
-    if plan is not None and not refusals(problem, plan):
-        return plan
+    if plan is not None:
+        refused = refusals(problem, plan)
+        if not refused:
+            return plan
+        logger.warning("%s is not used, kernels are timed: %s", disk.path_of(problem), refused)
     _refuse_capturing(problem)
     started = time.monotonic()
     plan = tune(problem, torch.device("cuda", torch.cuda.current_device()))
@@ -96,19 +100,48 @@ def _refuse_capturing(problem: Problem) -> None:
 
 def check_supported(problem: Problem) -> None:
     """Raise NoKernel, with each kernel's reason, if no kernel supports `problem`."""
-    reasons = {name: spec.supports(problem) for name, spec in KERNELS.items()}
-    if all(reasons.values()):
-        lines = "".join(f"\n  {name}: {reason}" for name, reason in reasons.items())
-        raise NoKernel(f"no 2:4 kernel for {problem}{lines}")
+    lines = ""
+    for name, spec in KERNELS.items():
+        reason = spec.supports(problem)
+        # The rest is not asked: cuSPARSELt would be loaded and tried for an answer of no use.
+        if reason is None:
+            return
+        lines += f"\n  {name}: {reason}"
+    raise NoKernel(f"no 2:4 kernel for {problem}{lines}")
 
 
 def refusals(problem: Problem, plan: Plan) -> str:
     """Why kernels of `plan` do not run `problem` here; "" if all do.
 
-    A library may be missing that the machine had where the plan was measured.
+    A library may be missing that the machine had where the plan was measured, and a file may name
+    a config that there is not.
     """
-    reasons = {row.kernel: NAMED[row.kernel].supports(problem) for row in plan.rows}
-    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
+    reasons: dict[str, None] = {}
+    for row in plan.rows:
+        spec = NAMED[row.kernel]
+        reason = spec.supports(problem)
+        if reason is None and row.config not in configs(problem, spec):
+            reason = f"no config {row.config!r}"
+        if reason:
+            reasons[f"{spec.name}: {reason}"] = None
+    return "; ".join(reasons)
+
+
+def configs(problem: Problem, spec: KernelSpec) -> tuple[str, ...]:
+    """The configs of a kernel that supports `problem`, for any M, best guesses first."""
+    return tuple(dict.fromkeys(name for M in BUCKETS for name in spec.configs(problem, M)))
+
+
+def forced_spec(forced: ForcedKernel) -> KernelSpec:
+    """The kernel that is forced.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if forced.name not in NAMED:
+        names = ", ".join(NAMED)
+        raise ValueError(f"{forced}: no kernel {forced.name!r}; NAME is one of {names}")
+    return NAMED[forced.name]
 
 
 def forced_plan(problem: Problem, forced: ForcedKernel) -> Plan:
@@ -118,17 +151,13 @@ def forced_plan(problem: Problem, forced: ForcedKernel) -> Plan:
         ValueError: there is no such kernel, it does not support the problem, or has no such config
             for it.
     """
-    if forced.name not in NAMED:
-        names = ", ".join(NAMED)
-        raise ValueError(f"{forced}: no kernel {forced.name!r}; NAME is one of {names}")
-    spec = NAMED[forced.name]
+    spec = forced_spec(forced)
     reason = spec.supports(problem)
     if reason:
         raise ValueError(f"{forced} does not run {problem}: {reason}; unset it or name another")
-    guesses = {M: spec.configs(problem, M) for M in BUCKETS}
     if forced.config is None:
-        return Plan.of({M: (spec.name, configs[0]) for M, configs in guesses.items()})
-    known = dict.fromkeys(config for configs in guesses.values() for config in configs)
+        return Plan.of({M: (spec.name, spec.configs(problem, M)[0]) for M in BUCKETS})
+    known = configs(problem, spec)
     if forced.config not in known:
         raise ValueError(f"{forced}: no such config for {problem}; there is {', '.join(known)}")
     return Plan.of(dict.fromkeys(BUCKETS, (spec.name, forced.config)))

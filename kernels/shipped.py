@@ -1,11 +1,11 @@
 """Plans that ship with the package: kernels/tables/<name>.json, measured by bench/make_table.py.
 
-A table is {"family": "NVIDIA H100", "plans": [row, ...]}, a row what `row_of` gives; it serves
-every GPU whose name starts with its family.
+A table is {"gpu": "NVIDIA H200", "plans": [row, ...]}, a row what `row_of` gives. It serves GPUs of
+that very name: another form factor, or a slice of one, has other clocks and multiprocessors.
 
 Tables are measured in bfloat16. float16 moves the same bytes at the same instruction rate, so a
-bfloat16 row serves float16 where the table has none of its own. Not one with cuSPARSELt, whose
-algorithms are numbered for each dtype.
+bfloat16 row serves float16 where the table has none of its own. Not one with cuSPARSELt, which has
+kernels of its own for each dtype.
 """
 
 import dataclasses
@@ -25,8 +25,8 @@ from cast_serve.kernels.problem import Problem
 def row_of(problem: Problem, plan: Plan) -> dict[str, Any]:
     """The row of a plan measured here.
 
-    It has cuSPARSELt's version where the plan runs it: algorithms are numbered anew, and get
-    faster or slower, from one version to the next.
+    It has cuSPARSELt's version where the plan runs it: its kernels get faster or slower from one
+    version to the next.
     """
     row = {**_key(problem), "plan": plan.to_json()}
     if _uses_cusparselt(plan):
@@ -35,13 +35,8 @@ def row_of(problem: Problem, plan: Plan) -> dict[str, Any]:
 
 
 def find(problem: Problem) -> Plan | None:
-    """The shipped plan for this GPU's family, shape, dtype and cuSPARSELt, if there is one."""
-    rows = [
-        row
-        for table in tables()
-        if problem.gpu.startswith(table["family"])
-        for row in table["plans"]
-    ]
+    """The shipped plan for this GPU, shape, dtype and cuSPARSELt, if there is one."""
+    rows = [row for table in tables() if problem.gpu == table["gpu"] for row in table["plans"]]
     own = _row(rows, problem)
     if own is not None:
         return _plan_here(own)

@@ -62,6 +62,12 @@ def test_sparse_layer(vllm_config, monkeypatch):
     )
 
 
+def test_config_that_there_is_not(vllm_config, monkeypatch):
+    monkeypatch.setenv("CAST_SERVE_KERNEL", "reference:fp64")
+    with pytest.raises(ValueError, match="reference:fp64: no such config; there is fp32"):
+        load(vllm_config)
+
+
 def test_processing_twice_changes_nothing(vllm_config, monkeypatch):
     """vLLM calls it again after an online reload."""
     monkeypatch.setenv("CAST_SERVE_KERNEL", "reference")

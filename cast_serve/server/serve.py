@@ -35,10 +35,17 @@ def _run() -> int:
 
     from vllm.entrypoints.cli.serve import validate_parsed_serve_args
 
+    from cast_serve.envs import forced_kernel
+    from cast_serve.kernels.selection import forced_spec
     from cast_serve.model_loaders.errors import CheckpointError
     from cast_serve.server.arguments import parse
     from cast_serve.server.report import report
 
+    try:
+        if forced := forced_kernel():
+            forced_spec(forced)
+    except ValueError as error:
+        return _fail(str(error))
     try:
         args = parse()
         if args.load_format != "dummy":

@@ -37,6 +37,12 @@ def test_unknown_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no model 'gpt-5'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("tokens", ["0", "1,-8", "1,,8", "many"])
+def test_bad_tokens(tokens: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--tokens", tokens]) == 2
+    assert f"--tokens {tokens}: needs numbers from 1 on" in capsys.readouterr().err
+
+
 def test_parse() -> None:
     options = parse(["--models", "llama-3.1-8b", "--kernel", "wgmma_sp:g2x1", "--dtype", "float16"])
     assert [model.name for model in options.models] == ["Llama-3.1-8B"]
@@ -116,7 +122,7 @@ def test_table_file(tmp_path: Path) -> None:
     """Written, found again by the GPU's name, and a second plan of a shape takes its place."""
     problem = Problem(N=64, K=128, dtype=torch.float16, capability=(9, 0), gpu="NVIDIA L4")
     path, table = find_table(tmp_path, problem.gpu)
-    assert path.name == "l4.json" and table == {"family": "NVIDIA L4", "plans": []}
+    assert path.name == "l4.json" and table == {"gpu": "NVIDIA L4", "plans": []}
     for config in ("first", "second"):
         plan = Plan.of({1: ("mma_sp", config)})
         add_plan(table, problem, plan)

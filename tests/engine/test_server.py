@@ -182,6 +182,13 @@ def test_check_only_checks_something():
     assert last_line(mistyped) == "cast-serve: sparse/lama: no such folder, so nothing was checked"
 
 
+def test_kernel_that_there_is_not(packed, monkeypatch):
+    monkeypatch.setitem(ENVIRONMENT, "CAST_SERVE_KERNEL", "marlin")
+    refused = run("--model", str(packed), "--check-only")
+    assert refused.returncode == 1
+    assert last_line(refused).startswith("cast-serve: CAST_SERVE_KERNEL=marlin: no kernel 'marlin'")
+
+
 def test_refuses_before_loading(packed, tmp_path):
     convert(packed, tmp_path / "cut", to="packed")
     file = tmp_path / "cut" / "model.safetensors"

@@ -64,6 +64,26 @@ def test_cache_folder_that_cannot_be_made(monkeypatch, tmp_path, caplog):
     assert "measured again at every start" in caplog.text
 
 
+def test_cache_file_without_a_plan(caplog):
+    cache.write(problem(), PLAN)
+    path = cache.path_of(problem())
+    stored = json.loads(path.read_text())
+    del stored["plan"]
+    path.write_text(json.dumps(stored))
+    with caplog.at_level(logging.WARNING):
+        assert cache.read(problem()) is None
+    assert str(path) in caplog.text
+
+
+def test_cache_that_cannot_be_written_leaves_nothing_behind(caplog):
+    path = cache.path_of(problem())
+    path.mkdir(parents=True)
+    with caplog.at_level(logging.WARNING):
+        cache.write(problem(), PLAN)
+    assert "measured again at every start" in caplog.text
+    assert list(path.parent.iterdir()) == [path]
+
+
 def test_cache_is_never_half_written():
     """As ranks do: several write the same shape while others read it."""
     cache.write(problem(), PLAN)

@@ -4,14 +4,20 @@ The op is the same on a CPU, where the fp32 reference computes, and on a GPU; te
 judges the kernels.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from layers import random_packed
 
+from cast_serve.kernels import op
 from cast_serve.kernels.op import as_rows_of_16_bytes, linear_2of4
+from cast_serve.kernels.plan import Plan
 from cast_serve.kernels.problem import Problem
 from cast_serve.kernels.reference import spmm_ref
+from cast_serve.kernels.registry import KERNELS
 from cast_serve.kernels.selection import plan_for
+from cast_serve.kernels.spec import Run
 from cast_serve.kernels.weight import SparseWeight, build
 
 N, K = 96, 256
@@ -92,6 +98,10 @@ def test_single_row_has_its_own_stride():
         ({"values": torch.zeros(K)}, r"does not fit values \[256\]: needs .* \[N, K/2\]"),
         ({"bias": torch.zeros(1)}, r"bias \[1\] does not fit values \[96, 128\]: needs \[N\]"),
         ({"bias": torch.zeros(N).half()}, "bias is torch.float16"),
+        (
+            {"metadata": [torch.zeros(N, K // 8, device="meta")]},
+            "metadata is on meta, values are on",
+        ),
         ({"metadata": []}, r"0 metadata tensors for W \[96, 256\], whose plan needs 1"),
     ],
 )
@@ -100,6 +110,36 @@ def test_refusals(change, message):
     given = {"x": torch.zeros(4, K), "values": values, "metadata": [mask], "bias": None, **change}
     with pytest.raises(ValueError, match=message):
         linear_2of4(given["x"], given["values"], given["metadata"], given["bias"])
+
+
+def test_kernel_and_metadata_by_tokens(monkeypatch):
+    """The plan's row that holds M runs, with the metadata of its own kernel."""
+    plan = Plan.of({8: ("wgmma_sp", "few"), 64: ("mma_sp", "more"), 8192: ("wgmma_sp", "many")})
+    ran: list[tuple[int, str, str, str]] = []
+
+    def recorder(name: str) -> Run:
+        def run(x, values, metadata, bias, config):
+            ran.append((x.shape[0], name, config, plan.layouts[metadata.item()]))
+            return x.new_zeros(x.shape[0], N)
+
+        return run
+
+    # What a CPU takes for every layer.
+    monkeypatch.setattr(op, "REFERENCE_PLAN", plan)
+    recorders = {name: replace(spec, run=recorder(name)) for name, spec in KERNELS.items()}
+    monkeypatch.setattr(op, "NAMED", recorders)
+    values, _ = random_packed(N, K, torch.bfloat16, "cpu")
+    metadata = [torch.tensor(index) for index in range(len(plan.layouts))]
+    for M in (1, 8, 9, 64, 65, 8193):
+        linear_2of4(inputs(M, device="cpu"), values, metadata, None)
+    assert ran == [
+        (1, "wgmma_sp", "few", "wgmma_sp"),
+        (8, "wgmma_sp", "few", "wgmma_sp"),
+        (9, "mma_sp", "more", "mma_sp"),
+        (64, "mma_sp", "more", "mma_sp"),
+        (65, "wgmma_sp", "many", "wgmma_sp"),
+        (8193, "wgmma_sp", "many", "wgmma_sp"),
+    ]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -2,14 +2,14 @@ import pytest
 
 from cast_serve.kernels.plan import Plan, Row
 
-DECODE, PREFILL = ("wgmma_sp", "a"), ("cusparselt", "alg0")
+DECODE, PREFILL = ("wgmma_sp", "a"), ("cusparselt", "default")
 PLAN = Plan.of({1: DECODE, 8: DECODE, 512: PREFILL, 8192: PREFILL})
 
 
 def test_equal_neighbours_are_one_row():
     assert PLAN.rows == (
         Row(max_M=8, kernel="wgmma_sp", config="a"),
-        Row(max_M=None, kernel="cusparselt", config="alg0"),
+        Row(max_M=None, kernel="cusparselt", config="default"),
     )
 
 

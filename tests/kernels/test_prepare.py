@@ -75,7 +75,7 @@ def test_libraries_stay_in_this_thread():
     threads = set()
     specs = kernel("cusparselt", lambda *_: threads.add(threading.current_thread()))
     specs |= kernel("a", lambda *_: threads.add(threading.current_thread()))
-    prepare_all(problem(), specs, {("cusparselt", "alg0"): [1, 8]}, CPU)
+    prepare_all(problem(), specs, {("cusparselt", "default"): [1, 8]}, CPU)
     assert threads == {threading.current_thread()}
     prepare_all(problem(), specs, {("a", "x"): [1]}, CPU)
     assert len(threads) == 2

@@ -1,5 +1,6 @@
 """What is chosen for a layer, in which order, and what is said where nothing can be."""
 
+import dataclasses
 import logging
 import time
 
@@ -8,7 +9,7 @@ import torch
 from layers import GPU, problem
 
 from bench.shapes import SHAPES
-from cast_serve.kernels import cache, shipped, tune
+from cast_serve.kernels import cache, selection, shipped, tune
 from cast_serve.kernels.plan import BUCKETS, Plan
 from cast_serve.kernels.problem import Problem
 from cast_serve.kernels.registry import KERNELS, LAYOUT_NAMES
@@ -95,16 +96,34 @@ def test_shipped_tables():
             plan = Plan.from_json(row["plan"])
             shape = problem(row["N"], row["K"], dtype=getattr(torch, row["dtype"]))
             for choice in plan.rows:
-                # cuSPARSELt's algorithms are known on the GPU only.
-                if choice.kernel == "cusparselt":
-                    continue
                 M = choice.max_M or BUCKETS[-1]
                 assert choice.config in KERNELS[choice.kernel].configs(shape, M)
             assert len(plan.layouts) <= tune.MAX_LAYOUTS
 
 
+@pytest.mark.parametrize("gpu", ["NVIDIA H100 80GB HBM3", "NVIDIA H200"])
+@pytest.mark.parametrize(("N", "K"), LAYERS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_plans_ship_for_the_layers_of_real_models(gpu, N, K, dtype):
+    here = problem(N, K, dtype=dtype, gpu=gpu)
+    assert plan_for(here) == shipped.find(here)
+
+
+def test_libraries_are_not_tried_where_a_plan_ships(monkeypatch):
+    """Loading and trying cuSPARSELt takes time and GPU memory."""
+
+    def tried(problem: Problem) -> None:
+        raise AssertionError("cusparselt was asked")
+
+    spec = dataclasses.replace(KERNELS["cusparselt"], supports=tried)
+    monkeypatch.setitem(KERNELS, "cusparselt", spec)
+    plan = first_guess("mma_sp")
+    ship(monkeypatch, shipped.row_of(problem(), plan))
+    assert plan_for(problem()) == plan
+
+
 def ship(monkeypatch: pytest.MonkeyPatch, *rows: dict) -> None:
-    table = {"family": "NVIDIA Grasshopper", "plans": rows}
+    table = {"gpu": GPU, "plans": rows}
     monkeypatch.setattr(shipped, "tables", lambda: [table])
 
 
@@ -113,7 +132,7 @@ def test_shipped_plan_comes_before_measuring(monkeypatch):
     ship(monkeypatch, shipped.row_of(problem(), plan))
     assert plan_for(problem()) == plan
     assert shipped.find(problem(N=1024)) is None
-    assert shipped.find(problem(gpu="NVIDIA GB200")) is None
+    assert shipped.find(problem(gpu=f"{GPU} MIG 1g.10gb")) is None
 
 
 def test_shipped_plan_in_bfloat16_serves_float16(monkeypatch):
@@ -134,14 +153,14 @@ def test_shipped_plan_in_float16_serves_itself_alone(monkeypatch):
 
 
 def test_shipped_plan_with_cusparselt_serves_its_dtype_alone(monkeypatch):
-    ship(monkeypatch, shipped.row_of(problem(), Plan.of({1: ("cusparselt", "alg0")})))
+    ship(monkeypatch, shipped.row_of(problem(), Plan.of({1: ("cusparselt", "default")})))
     assert shipped.find(problem()) is not None
     assert shipped.find(problem(dtype=torch.float16)) is None
 
 
 def test_shipped_plan_of_another_cusparselt(monkeypatch):
-    """Its algorithms have other numbers there."""
-    plan = Plan.of({1: ("cusparselt", "alg0")})
+    """It may be slower there."""
+    plan = Plan.of({1: ("cusparselt", "default")})
     row = shipped.row_of(problem(), plan)
     ship(monkeypatch, row)
     assert shipped.find(problem()) == plan
@@ -151,7 +170,7 @@ def test_shipped_plan_of_another_cusparselt(monkeypatch):
 
 def test_shipped_plan_of_a_kernel_that_does_not_run_here(monkeypatch, caplog):
     """The measured plan on disk is used, and the reason is said."""
-    ship(monkeypatch, shipped.row_of(problem(), Plan.of({1: ("cusparselt", "alg0")})))
+    ship(monkeypatch, shipped.row_of(problem(), Plan.of({1: ("cusparselt", "default")})))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     plan = first_guess("mma_sp")
     cache.write(problem(), plan)
@@ -165,6 +184,20 @@ def test_cached_plan_is_used():
     plan = first_guess("mma_sp")
     cache.write(problem(), plan)
     assert plan_for(problem()) == plan
+
+
+def test_cached_plan_of_a_config_that_there_is_not(monkeypatch, caplog):
+    """It is named and measured again, instead of failing at every start."""
+    cache.write(problem(), Plan.of({1: ("mma_sp", "huge")}))
+    plan = first_guess("mma_sp")
+    monkeypatch.setattr(selection, "tune", lambda problem, device: plan)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with caplog.at_level(logging.WARNING):
+        assert plan_for(problem()) == plan
+    assert f"{cache.path_of(problem())} is not used" in caplog.text
+    assert "mma_sp: no config 'huge'" in caplog.text
+    assert cache.read(problem()) == plan
 
 
 def test_layout_names_are_the_kernels_own():
