@@ -1,5 +1,6 @@
 """One layer at every M: dense, the op, and kernels that are forced, judged and timed together."""
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,8 +19,9 @@ from cast_serve.kernels.problem import Problem
 from cast_serve.kernels.registry import KERNELS
 from cast_serve.kernels.selection import plan_for, warm
 
-# Eager calls for the host's time: few enough that the launch queue never fills.
-HOST_CALLS = 10
+# Eager calls for the host's time: few enough that the launch queue never fills. Their median, for
+# the first ones after a wait find host and GPU asleep.
+HOST_CALLS = 50
 
 DENSE, OP = "dense", "op"
 
@@ -153,12 +155,13 @@ def measure_layer(
 def host_us(call: Callable[[], object]) -> float:
     """Host microseconds an eager call takes until it returns; the GPU is not waited for."""
     torch.cuda.synchronize()
-    started = time.perf_counter()
+    taken = []
     for _ in range(HOST_CALLS):
+        started = time.perf_counter()
         call()
-    passed = time.perf_counter() - started
+        taken.append(time.perf_counter() - started)
     torch.cuda.synchronize()
-    return passed / HOST_CALLS * 1e6
+    return statistics.median(taken) * 1e6
 
 
 def workspace_bytes(call: Callable[[], torch.Tensor]) -> int:

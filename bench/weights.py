@@ -11,10 +11,8 @@ from bench.shapes import Layer
 from bench.timing import limit_copies
 from cast_serve.kernels.measure import copies_past_l2
 from cast_serve.kernels.packing import unpack
+from cast_serve.kernels.pattern import random_mask
 from cast_serve.kernels.weight import SparseWeight, build
-
-# The six ways to keep two of four, as mask nibbles.
-_NIBBLES = torch.tensor([0b0011, 0b0101, 0b0110, 0b1001, 0b1010, 0b1100], dtype=torch.uint8)
 
 # Left for x, y, the fp32 reference and cuBLAS: 16384 tokens of 28672 features are 1.9 GB in fp32.
 _KEPT_FREE = 16 << 30
@@ -39,9 +37,7 @@ def random_packed(
     device = generator.device
     values = torch.randn(layer.N, layer.K // 2, generator=generator, device=device, dtype=dtype)
     values *= (layer.K / 2) ** -0.5
-    nibbles = _NIBBLES.to(device)
-    choice = torch.randint(6, (2, layer.N, layer.K // 8), generator=generator, device=device)
-    return values, nibbles[choice[0]] | nibbles[choice[1]] << 4
+    return values, random_mask(layer.N, layer.K, generator)
 
 
 def make_copies(

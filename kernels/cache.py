@@ -56,7 +56,7 @@ def _cusparselt_version() -> str:
 def path_of(problem: Problem) -> Path:
     gpu = re.sub(r"[^a-z0-9]+", "-", problem.gpu.lower()).strip("-")
     key = hashlib.sha256(json.dumps(versions()).encode()).hexdigest()[:12]
-    name = f"{problem.N}x{problem.K}-{_dtype(problem)}.json"
+    name = f"{problem.N}x{problem.K}-{problem.dtype_name}.json"
     return user_cache() / "plans" / f"{gpu}-{key}" / name
 
 
@@ -91,10 +91,6 @@ def _key(problem: Problem) -> dict[str, object]:
         "gpu": problem.gpu,
         "N": problem.N,
         "K": problem.K,
-        "dtype": _dtype(problem),
+        "dtype": problem.dtype_name,
         "versions": versions(),
     }
-
-
-def _dtype(problem: Problem) -> str:
-    return str(problem.dtype).removeprefix("torch.")

@@ -7,6 +7,9 @@ A threshold with >= would keep three of four on ties; a stable sort does not.
 
 import torch
 
+# The six ways to keep two of four columns, as nibbles of a bitmask.
+_PAIRS = torch.tensor([0b0011, 0b0101, 0b0110, 0b1001, 0b1010, 0b1100], dtype=torch.uint8)
+
 
 def nm_mask(weight: torch.Tensor, *, kept: int = 2, group: int = 4) -> torch.Tensor:
     """Boolean mask of the `kept` largest magnitudes in every `group` columns.
@@ -32,3 +35,14 @@ def nm_mask(weight: torch.Tensor, *, kept: int = 2, group: int = 4) -> torch.Ten
     mask = torch.zeros_like(groups, dtype=torch.bool)
     mask.scatter_(1, order[:, :kept], True)
     return mask.reshape(weight.shape)
+
+
+def random_mask(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
+    """Bitmask uint8 [rows, columns/8] of random pairs, on the generator's device.
+
+    For tests and timings; columns % 8 == 0.
+    """
+    device = generator.device
+    choice = torch.randint(6, (2, rows, columns // 8), generator=generator, device=device)
+    low, high = _PAIRS.to(device)[choice]
+    return low | high << 4

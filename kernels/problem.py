@@ -35,6 +35,10 @@ class Problem:
         """Compute capability as NVIDIA writes it after `sm_`: 90 for (9, 0)."""
         return self.capability[0] * 10 + self.capability[1]
 
+    @property
+    def dtype_name(self) -> str:
+        """As in tables and file names: "bfloat16"."""
+        return str(self.dtype).removeprefix("torch.")
+
     def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"N={self.N} K={self.K} {dtype} on {self.gpu} (sm_{self.sm})"
+        return f"N={self.N} K={self.K} {self.dtype_name} on {self.gpu} (sm_{self.sm})"

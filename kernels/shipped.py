@@ -77,5 +77,4 @@ def _uses_cusparselt(plan: Plan) -> bool:
 
 
 def _key(problem: Problem) -> dict[str, Any]:
-    dtype = str(problem.dtype).removeprefix("torch.")
-    return {"N": problem.N, "K": problem.K, "dtype": dtype}
+    return {"N": problem.N, "K": problem.K, "dtype": problem.dtype_name}

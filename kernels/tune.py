@@ -30,6 +30,7 @@ from cast_serve.kernels.measure import (
     rotation,
     stream_time_us,
 )
+from cast_serve.kernels.pattern import random_mask
 from cast_serve.kernels.plan import BUCKETS, Plan
 from cast_serve.kernels.prepare import FATAL, Candidate, failures, prepare_all
 from cast_serve.kernels.problem import Problem
@@ -78,9 +79,6 @@ GRAPH_US = 3000.0
 QUICK_REPEATS = 3
 REPEATS = 7
 MAX_COPIES = 128
-
-# Values of the kept columns and of x are random: power, and with it the clock, depends on them.
-_ANY_TWO = torch.tensor([0b0011, 0b0101, 0b1001, 0b0110, 0b1010, 0b1100], dtype=torch.uint8)
 
 Turn = dict[int, list[Candidate]]  # M -> what is timed at it next
 Timings = dict[int, dict[Candidate, float]]  # M -> candidate -> us
@@ -335,8 +333,8 @@ def _weights(
     takes longer to capture than all that is measured.
     """
     N, K = problem.N, problem.K
-    nibbles = _ANY_TWO.to(device)[torch.randint(6, (N, K // 4), device=device)]
-    mask = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+    # All random, as x is: power, and with it the clock, depends on the data.
+    mask = random_mask(N, K, torch.Generator(device))
     values = torch.randn(N, K // 2, device=device).to(problem.dtype)
     weight_bytes = values.nbytes + mask.nbytes
     copies = min(copies_past_l2(weight_bytes, device), MAX_COPIES)

@@ -2,13 +2,11 @@
 
 import torch
 
+from cast_serve.kernels.pattern import random_mask
 from cast_serve.kernels.problem import Problem
 
 # A GPU for which no table ships.
 GPU = "NVIDIA Grasshopper 1"
-
-# The six ways to keep two of four, as mask nibbles.
-_NIBBLES = torch.tensor([0b0011, 0b0101, 0b0110, 0b1001, 0b1010, 0b1100], dtype=torch.uint8)
 
 
 def problem(
@@ -28,6 +26,4 @@ def random_packed(
     """Values [N, K/2] and mask uint8 [N, K/8], the same every time."""
     generator = torch.Generator(device).manual_seed(N * K)
     values = torch.randn(N, K // 2, generator=generator, device=device).to(dtype)
-    chosen = torch.randint(6, (2, N, K // 8), generator=generator, device=device)
-    low, high = _NIBBLES.to(device)[chosen]
-    return values, low | high << 4
+    return values, random_mask(N, K, generator)
