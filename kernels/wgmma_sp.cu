@@ -6,9 +6,10 @@
 //   Stage    WIDTH bytes of a row of x: values [ROWS, WIDTH/2 bytes], x [TOKENS, WIDTH bytes],
 //            metadata [ROWS/64, words, 128].
 //   Cluster  SPLIT x SHARE CTAs; CTA `rank` is member rank % SHARE of part rank / SHARE.
-//            The parts each take a piece of K and push their sums into each other's shared memory,
-//            a part adding its share of them in order, so results do not vary. The members of a part take neighbouring rows of the
-//            weight and load each tile of x once for all of them (TMA multicast).
+//            The parts each take a piece of K and push their sums into each other's shared memory;
+//            each adds its share of them in order, so results do not vary. The members of a part
+//            take neighbouring rows of the weight and load each tile of x once for all of them (TMA
+//            multicast).
 //   Source   PTX ISA 8.x: "wgmma.mma_async.sp", "Matrix-Descriptor Format", "Tensor copy".
 //
 // Defined by wgmma_sp_source.py: GROUPS TILES TOKENS WIDTH STAGES SPLIT SHARE CTAS_PER_SM;
@@ -18,75 +19,8 @@
 
 #include "hopper.cuh"
 #include "instruction.cuh"
-
-constexpr int ROWS = GROUPS * TILES * 64;
-constexpr int ACCUMULATORS = TOKENS / 2;
-constexpr int COLUMNS = WIDTH / ELEMENT_BYTES;    // of K a stage
-constexpr int STEPS = WIDTH / 64;                 // instructions along K a stage
-constexpr int META_WORDS = STEPS / STEPS_A_WORD;  // of a thread and 64 rows a stage
-constexpr int COMPUTE_WARPS = GROUPS * 4;
-// Registers move between whole warpgroups only, so the loading warp then has three idle ones beside it.
-constexpr int THREADS = COMPUTE_WARPS * 32 + (COMPUTE_REGISTERS ? 128 : 32);
-constexpr int CLUSTER = SPLIT * SHARE;
-
-// A row of a box is 128 bytes, the widest swizzle; of values 64 where a stage has no more.
-constexpr int VALUES_ROW = WIDTH == 128 ? 64 : 128;
-constexpr int VALUES_BOXES = WIDTH / 2 / VALUES_ROW;
-constexpr int VALUES_BOX = ROWS * VALUES_ROW;
-constexpr int X_BOXES = WIDTH / 128;
-constexpr int X_BOX = TOKENS * 128;
-
-constexpr int VALUES_BYTES = ROWS * WIDTH / 2;
-constexpr int X_BYTES = TOKENS * WIDTH;
-constexpr int META_BYTES = ROWS / 64 * META_WORDS * 512;
-constexpr int STAGE_BYTES = VALUES_BYTES + X_BYTES + META_BYTES;
-
-constexpr int X_AT = STAGES * VALUES_BYTES;
-constexpr int META_AT = X_AT + STAGES * X_BYTES;
-constexpr int BARRIERS_AT = META_AT + STAGES * META_BYTES;
-constexpr int INBOX_FULL_AT = BARRIERS_AT + 2 * STAGES * 8;
-constexpr int STAGING_AT = BARRIERS_AT + ((2 * STAGES + 1) * 8 + 127) / 128 * 128;
-constexpr int STAGING_TOKENS = TOKENS % 32 == 0 ? 32 : TOKENS % 16 == 0 ? 16 : 8;
-constexpr int STAGING_BYTES = STAGING_TOKENS * 128;  // a warpgroup's
-
-// Sums change hands in pieces of 8 tokens x 8 rows of fp32; piece i belongs to part i % SPLIT, which
-// has room for it from every part.
-constexpr int PIECES_A_BLOCK = ROWS / 8;  // of 8 tokens
-constexpr int PIECE_BYTES = 8 * 8 * 4;
-constexpr int PIECES_A_PART = (TOKENS / 8 * PIECES_A_BLOCK + SPLIT - 1) / SPLIT;
-constexpr int INBOX_BYTES = SPLIT * PIECES_A_PART * PIECE_BYTES;
-// A small one has a place of its own, and pushing waits for nothing. A large one would leave too few
-// stages: it takes the place of those, once all parts are done with theirs.
-constexpr bool INBOX_OVER_STAGES = INBOX_BYTES > 16384;
-constexpr int INBOX_AT = INBOX_OVER_STAGES ? 0 : STAGING_AT;
-
-static_assert(CLUSTER <= 8, "larger clusters do not fit every GPU");
-static_assert(STAGES >= 2, "a stage is released once the next has begun");
-static_assert(ROWS <= 256 && TOKENS <= 256, "a box of the copy engine has at most 256 rows");
-static_assert(!INBOX_OVER_STAGES || INBOX_BYTES <= BARRIERS_AT, "the stages hold the inbox");
-static_assert(SPLIT == 1 || PIECES_A_BLOCK >= SPLIT, "a part without a piece would not wait for the others");
-static_assert(TOKENS % (8 * SHARE) == 0, "a member loads whole groups of 8 swizzled rows of x");
-
-// Two floats as two 16-bit values, the first in the low half.
-DEVICE u32 pack_pair(float first, float second) {
-    u32 packed;
-#if OUTPUT_IS_BF16
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(second), "f"(first));
-#else
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(second), "f"(first));
-#endif
-    return packed;
-}
-
-DEVICE float to_float(u16 bits) {
-    float value;
-#if OUTPUT_IS_BF16
-    value = __uint_as_float((u32)bits << 16);
-#else
-    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
-#endif
-    return value;
-}
+#include "wgmma_sp_output.cuh"
+#include "wgmma_sp_sizes.cuh"
 
 struct Tile {
     int row, token;
@@ -113,17 +47,6 @@ struct Cursor {
             parity ^= 1;
         }
     }
-};
-
-struct Ring {
-    u32 base;
-
-    DEVICE u32 values(int stage) const { return base + stage * VALUES_BYTES; }
-    DEVICE u32 x(int stage) const { return base + X_AT + stage * X_BYTES; }
-    DEVICE u32 meta(int stage) const { return base + META_AT + stage * META_BYTES; }
-    DEVICE u32 full(int stage) const { return base + BARRIERS_AT + stage * 8; }
-    DEVICE u32 empty(int stage) const { return base + BARRIERS_AT + (STAGES + stage) * 8; }
-    DEVICE u32 inbox_full() const { return base + INBOX_FULL_AT; }
 };
 
 struct Loads {
@@ -198,113 +121,6 @@ DEVICE void multiply(float (&sums)[TILES][ACCUMULATORS], Meta& meta, u32 values,
         }
     }
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-
-// 64 rows x TOKENS of sums to y, through this warpgroup's staging: an accumulator holds two tokens of
-// one row, a row of y has consecutive weight rows, so stmatrix transposes.
-DEVICE void store_tile(float (&sums)[ACCUMULATORS], u32 staging, int group, const u16* bias, u16* y, int row,
-                       int token, int M, int N) {
-    int thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32;
-    int bias_row = row + warp * 16 + lane / 4;
-    float low = bias && bias_row < N ? to_float(bias[bias_row]) : 0.f;
-    float high = bias && bias_row + 8 < N ? to_float(bias[bias_row + 8]) : 0.f;
-    // Lane l gives the address of row l % 8 of matrix l / 8; matrices: (tokens, rows), (tokens, rows + 8),
-    // then the next 8 tokens.
-    int matrix_token = lane / 16 * 8 + lane % 8;
-    int chunk = warp * 2 + lane / 8 % 2;
-#pragma unroll
-    for (int first = 0; first < TOKENS; first += STAGING_TOKENS) {
-        if (token + first >= M) break;
-        group_sync(group);
-#pragma unroll
-        for (int at = 0; at < STAGING_TOKENS; at += 16) {
-            float* d = &sums[(first + at) / 2];
-            u32 a = pack_pair(d[0] + low, d[1] + low), b = pack_pair(d[2] + high, d[3] + high);
-            // 16-byte chunks are swizzled by the token, so neither side has bank conflicts.
-            u32 to = staging + (at + matrix_token) * 128 + ((chunk ^ matrix_token % 8) * 16);
-            if constexpr (TOKENS % 16 == 0) {
-                u32 c = pack_pair(d[4] + low, d[5] + low), e = pack_pair(d[6] + high, d[7] + high);
-                store_matrices(to, a, b, c, e);
-            } else {
-                static_assert(TOKENS % 16 == 0 || TOKENS == 8, "stage 8 tokens or multiples of 16");
-                store_matrices(staging + (lane % 8) * 128 + ((chunk ^ lane % 8) * 16), a, b);
-            }
-        }
-        group_sync(group);
-#pragma unroll
-        for (int index = thread; index < STAGING_TOKENS * 8; index += 128) {
-            int staged = index / 8, piece = index % 8;
-            int at_token = token + first + staged, at_row = row + piece * 8;
-            if (at_token < M && at_row < N) {
-                u32 a, b, c, d;
-                asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                             : "=r"(a), "=r"(b), "=r"(c), "=r"(d)
-                             : "r"(staging + staged * 128 + ((piece ^ staged % 8) * 16)));
-                asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(y + (u64)at_token * N + at_row), "r"(a),
-                             "r"(b), "r"(c), "r"(d)
-                             : "memory");
-            }
-        }
-    }
-}
-
-// Pieces of the first `live` tokens that a part has to add.
-DEVICE int pieces_of(u32 part, int live) { return ((live + 7) / 8 * PIECES_A_BLOCK - (int)part + SPLIT - 1) / SPLIT; }
-
-// 64 rows of this warpgroup's sums to the parts they belong to.
-DEVICE void push_sums(float (&sums)[ACCUMULATORS], Ring ring, u32 part, u32 member, int row, int live) {
-    int thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        int piece = (row + warp * 16) / 8 + half;
-        int owner = piece % SPLIT, place = piece / SPLIT;
-#pragma unroll
-        for (int block = 0; block < TOKENS / 8; ++block) {
-            if (block * 8 >= live) break;
-            // A row of the piece has its 8 tokens side by side. Rows are swizzled by the place: a warp
-            // reads one row of four pieces at once.
-            u32 to = ring.base + INBOX_AT + (part * PIECES_A_PART + place) * PIECE_BYTES +
-                     (lane / 4 ^ place % 4) * 32 + lane % 4 * 8;
-            float* pair = &sums[block * 4 + half * 2];
-            push_pair(to, ring.inbox_full(), owner * SHARE + member, pair[0], pair[1]);
-            // To the same rows of the next 8 tokens. Hidden from the compiler, which would have the
-            // addresses of all at once, and run out of registers.
-            asm volatile("" : "+r"(owner), "+r"(place));
-            owner += PIECES_A_BLOCK % SPLIT;
-            place += PIECES_A_BLOCK / SPLIT;
-            if (owner >= SPLIT) {
-                owner -= SPLIT;
-                ++place;
-            }
-        }
-    }
-}
-
-// Adds the pieces of this part and stores them, 8 rows of one token a thread.
-DEVICE void add_pieces(Ring ring, u32 part, const u16* bias, u16* y, int row, int token, int live, int N) {
-    for (int index = threadIdx.x; index < pieces_of(part, live) * 8; index += COMPUTE_WARPS * 32) {
-        u32 place = index / 8, piece = place * SPLIT + part;
-        int at_token = piece / PIECES_A_BLOCK * 8 + index % 8, at_row = row + piece % PIECES_A_BLOCK * 8;
-        if (at_token >= live || at_row >= N) continue;
-        u32 from = ring.base + INBOX_AT + place * PIECE_BYTES + index % 8 * 4;
-        float sum[8];
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            sum[i] = bias ? to_float(bias[at_row + i]) : 0.f;
-#pragma unroll
-            for (int other = 0; other < SPLIT; ++other) {
-                float value;
-                asm volatile("ld.shared.f32 %0, [%1];"
-                             : "=f"(value)
-                             : "r"(from + other * PIECES_A_PART * PIECE_BYTES + (i ^ place % 4) * 32));
-                sum[i] += value;
-            }
-        }
-        asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(y + (u64)(token + at_token) * N + at_row),
-                     "r"(pack_pair(sum[0], sum[1])), "r"(pack_pair(sum[2], sum[3])), "r"(pack_pair(sum[4], sum[5])),
-                     "r"(pack_pair(sum[6], sum[7]))
-                     : "memory");
-    }
 }
 
 #if SPLIT * SHARE > 1

@@ -58,7 +58,8 @@ _UP_TO_512 = """
     g2x1-t64-w256-k1-o1 g1x1-t128-w256-k1-o1 g2x1-t256-w128-k3-o1 g2x1-t256-w128-k1c2-o1
 
     g1x2-t128-w256-k4-o1 g1x1-t64-w256-k1-o1 g1x1-t64-w256-k1-o2 g1x1-t64-w512-k1-o1
-    g1x1-t128-w128-k1-o2 g1x1-t32-w256-k1-o2 g1x1-t128-w256-k3-o1
+    g1x1-t128-w128-k1-o2 g1x1-t32-w256-k1-o2 g1x1-t128-w256-k3-o1 g2x1-t128-w256-k3-o1
+    g1x2-t128-w256-k3-o1 g2x1-t256-w128-k6-o1 g2x1-t64-w128-k1-o2 g1x1-t64-w128-k1-o3
 """
 _UP_TO_1024 = """
     g2x2-t128-w256-k1-o1 g2x1-t256-w128-k1-o1 g3x1-t128-w128-k1-o1 g1x2-t128-w256-k1-o1
@@ -66,7 +67,7 @@ _UP_TO_1024 = """
     g1x1-t128-w256-k1-o1 g1x2-t128-w128-k1-o2
 
     g2x1-t128-w256-k2-o1 g1x1-t64-w256-k1-o2 g1x1-t128-w128-k1-o2 g1x1-t64-w512-k1-o1
-    g2x1-t64-w128-k1-o1 g2x1-t64-w128-k1-o2
+    g2x1-t64-w128-k1-o1 g2x1-t64-w128-k1-o2 g1x1-t64-w128-k1-o3 g1x1-t128-w128-k2-o2
 """
 _PREFILL = """
     g2x2-t192-w128-k1c2-o1 g2x2-t128-w256-k1-o1 g2x1-t256-w128-k1c2-o1 g2x2-t192-w128-k1-o1
@@ -74,7 +75,7 @@ _PREFILL = """
     g2x1-t128-w256-k1-o1
 
     g3x1-t128-w128-k1-o1 g1x1-t128-w128-k1-o2 g1x1-t128-w128-k1-o3 g3x1-t64-w128-k1-o2
-    g1x2-t128-w256-k1-o1
+    g1x2-t128-w256-k1-o1 g1x2-t128-w128-k1-o2
 """
 _CONFIGS = {
     32: _DECODE.split(),

@@ -13,6 +13,8 @@ from cast_serve.kernels.nvrtc import Source
 _SHARED_PER_SM = 228 * 1024
 _SHARED_PER_BLOCK = 227 * 1024
 
+_HEADERS = ("hopper.cuh", "wgmma_sp_output.cuh", "wgmma_sp_sizes.cuh")
+
 _NAME = re.compile(r"g(\d+)x(\d+)-t(\d+)-w(\d+)-k(\d+)(?:c(\d+))?-o(\d+)")
 
 
@@ -170,7 +172,7 @@ def source(config: Config, element: Element, output: torch.dtype) -> Source:
         name="wgmma_sp.cu",
         text=_read("wgmma_sp.cu"),
         headers=(
-            ("hopper.cuh", _read("hopper.cuh")),
+            *((name, _read(name)) for name in _HEADERS),
             ("instruction.cuh", _instruction(config.tokens, element)),
         ),
         defines=(

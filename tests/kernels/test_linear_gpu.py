@@ -227,7 +227,10 @@ def test_non_finite_tokens(kernel, M, value):
         met = layer.dense[:, column] != 0
         assert not y[token, met].isfinite().any()
         if value == value:
-            assert torch.equal(y[token, met], layer.dense[met, column].sign() * value)
+            expected = layer.dense[met, column].sign() * value
+            if kernel == "cusparselt":  # its docstring says so
+                expected = torch.where(expected < 0, torch.nan, expected)
+            torch.testing.assert_close(y[token, met], expected, rtol=0, atol=0, equal_nan=True)
         # Elsewhere the product with a pruned 0 is either left out, or NaN as in a dense product.
         assert torch.logical_or(y[token, ~met] == clean[token, ~met], y[token, ~met].isnan()).all()
 

@@ -18,12 +18,14 @@ from cast_serve.kernels.weight import build
 
 pytestmark = pytest.mark.gpu
 
-# Beside a kernel's first guess: K split over a cluster, x shared in one, both, and 256-token tiles.
+# Beside a kernel's first guess: K split over a cluster, x shared in one, both, sums that take the
+# place of stages, and large tiles.
 CONFIGS = {
     "wgmma_sp": (
         "g1x1-t8-w256-k2-o2",
         "g2x1-t64-w256-k1c2-o1",
         "g1x1-t64-w256-k2c2-o1",
+        "g2x1-t128-w256-k2-o1",
         "g2x2-t192-w128-k1c2-o1",
         "g2x1-t256-w128-k1-o1",
     )
