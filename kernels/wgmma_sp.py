@@ -60,6 +60,7 @@ _UP_TO_512 = """
     g1x2-t128-w256-k4-o1 g1x1-t64-w256-k1-o1 g1x1-t64-w256-k1-o2 g1x1-t64-w512-k1-o1
     g1x1-t128-w128-k1-o2 g1x1-t32-w256-k1-o2 g1x1-t128-w256-k3-o1 g2x1-t128-w256-k3-o1
     g1x2-t128-w256-k3-o1 g2x1-t256-w128-k6-o1 g2x1-t64-w128-k1-o2 g1x1-t64-w128-k1-o3
+    g2x1-t128-w256-k3c2-o1 g2x2-t128-w128-k6-o1
 """
 _UP_TO_1024 = """
     g2x2-t128-w256-k1-o1 g2x1-t256-w128-k1-o1 g3x1-t128-w128-k1-o1 g1x2-t128-w256-k1-o1
@@ -183,7 +184,7 @@ def run(
             ctypes.c_int(N),
             ctypes.c_int(K),
         ],
-        torch.cuda.current_stream(device).cuda_stream,
+        torch._C._cuda_getCurrentRawStream(device),  # as Inductor's code; 3 us less of host time
     )
     return y
 
