@@ -40,6 +40,9 @@ DEVICE u32 remote_address(u32 address, u32 rank) {
 // wait for memory, but barriers initialised (and fenced) before it are seen after it.
 DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
 
+// As `cluster_arrive`, and what was written to shared memory before it is seen after the wait.
+DEVICE void cluster_release() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+
 DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 
 // Two floats into the shared memory of a CTA of the cluster; its barrier counts the 8 bytes.

@@ -6,16 +6,16 @@
 //   Stage    WIDTH bytes of a row of x: values [ROWS, WIDTH/2 bytes], x [TOKENS, WIDTH bytes],
 //            metadata [ROWS/64, words, 128].
 //   Cluster  SPLIT x SHARE CTAs; CTA `rank` is member rank % SHARE of part rank / SHARE.
-//            The parts each take a piece of K and push their sums into each other's shared memory;
-//            each adds its share of them in order, so results do not vary. The members of a part
-//            take neighbouring rows of the weight and load each tile of x once for all of them (TMA
+//            The parts each take a piece of K and exchange their sums through shared memory; each
+//            adds its share of them in order, so results do not vary. The members of a part take
+//            neighbouring rows of the weight and load each tile of x once for all of them (TMA
 //            multicast).
 //   Source   PTX ISA 8.x: "wgmma.mma_async.sp", "Matrix-Descriptor Format", "Tensor copy".
 //
 // Defined by wgmma_sp_source.py: GROUPS TILES TOKENS WIDTH STAGES SPLIT SHARE CTAS_PER_SM;
 // ELEMENT_BYTES, STEPS_A_WORD and OUTPUT_IS_BF16, of the element type; COMPUTE_REGISTERS and
-// LOAD_REGISTERS a thread of either role, or 0 to leave them equal. instruction.cuh, made there too,
-// holds wgmma_sp<SELECTOR>() for TOKENS and the element type.
+// LOAD_REGISTERS a thread of either role, or 0 to leave them equal; PULLS, how partial sums change
+// hands. instruction.cuh, made there too, holds wgmma_sp<SELECTOR>() for TOKENS and the element type.
 
 #include "hopper.cuh"
 #include "instruction.cuh"
@@ -158,7 +158,7 @@ extern "C" __global__ void ATTRIBUTES wgmma_sp(const __grid_constant__ TensorMap
             barrier_init(ring.full(stage), 1);
             barrier_init(ring.empty(stage), COMPUTE_WARPS * SHARE);
         }
-        if constexpr (SPLIT > 1) {
+        if constexpr (PUSHES) {
             barrier_init(ring.inbox_full(), 1);
             int live = min(TOKENS, M - tile_at(first_tile, row_tiles, token_tiles).token * TOKENS);
             barrier_expect(ring.inbox_full(), pieces_of(part, live) * SPLIT * PIECE_BYTES);
@@ -274,16 +274,25 @@ extern "C" __global__ void ATTRIBUTES wgmma_sp(const __grid_constant__ TensorMap
                 int row = (tile.row * SHARE + member) * ROWS, live = min(TOKENS, M - token);
                 // The others' barriers are there.
                 if constexpr (SHARE == 1) cluster_wait();
-                if constexpr (INBOX_OVER_STAGES) {
-                    // And their stages are done with. Warps that load have left, or will.
+                if constexpr (PUSHES) {
+#pragma unroll
+                    for (int i = 0; i < TILES; ++i)
+                        push_sums(sums[i], ring, part, member, (group * TILES + i) * 64, live);
+                    barrier_wait_cluster(ring.inbox_full(), 0);
+                    add_pieces(ring, part, bias, y, row, token, live, N);
+                } else {
+                    // All warps must be done with the stages.
+                    asm volatile("bar.sync 15, %0;" ::"n"(COMPUTE_WARPS * 32) : "memory");
+#pragma unroll
+                    for (int i = 0; i < TILES; ++i) leave_sums(sums[i], ring, (group * TILES + i) * 64, live);
+                    // The warps that load have left, or will: that counts as arrival.
+                    cluster_release();
+                    cluster_wait();
+                    add_left_sums(ring, part, member, bias, y, row, token, live, N);
+                    // A CTA's shared memory must outlive the others' reads of it.
                     cluster_arrive();
                     cluster_wait();
                 }
-#pragma unroll
-                for (int i = 0; i < TILES; ++i)
-                    push_sums(sums[i], ring, part, member, (group * TILES + i) * 64, live);
-                barrier_wait_cluster(ring.inbox_full(), 0);
-                add_pieces(ring, part, bias, y, row, token, live, N);
             }
         }
     }

@@ -1,5 +1,5 @@
-// From the sums of a tile to y: `store_tile` where a CTA has all of K, `push_sums` and `add_pieces`
-// where a cluster has split it.
+// From the sums of a tile to y: `store_tile` where a CTA has all of K; where a cluster has split it,
+// `push_sums` and `add_pieces` if they are few, `leave_sums` and `add_left_sums` if they are many.
 
 #pragma once
 
@@ -130,6 +130,49 @@ DEVICE void add_pieces(Ring ring, u32 part, const u16* bias, u16* y, int row, in
         asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(y + (u64)(token + at_token) * N + at_row),
                      "r"(pack_pair(sum[0], sum[1])), "r"(pack_pair(sum[2], sum[3])), "r"(pack_pair(sum[4], sum[5])),
                      "r"(pack_pair(sum[6], sum[7]))
+                     : "memory");
+    }
+}
+
+// 64 rows of this warpgroup's sums, to where the cluster reads them.
+DEVICE void leave_sums(float (&sums)[ACCUMULATORS], Ring ring, int row, int live) {
+    int thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32;
+    u32 at = ring.base + (lane % 4 * 2 * PARTIAL_STRIDE + row + warp * 16 + lane / 4) * 4;
+#pragma unroll
+    for (int block = 0; block < TOKENS / 8; ++block) {
+        if (block * 8 >= live) break;
+        float* d = &sums[block * 4];
+        u32 to = at + block * 8 * PARTIAL_STRIDE * 4;
+        asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(d[0]) : "memory");
+        asm volatile("st.shared.f32 [%0], %1;" ::"r"(to + PARTIAL_STRIDE * 4), "f"(d[1]) : "memory");
+        asm volatile("st.shared.f32 [%0], %1;" ::"r"(to + 32), "f"(d[2]) : "memory");
+        asm volatile("st.shared.f32 [%0], %1;" ::"r"(to + PARTIAL_STRIDE * 4 + 32), "f"(d[3]) : "memory");
+    }
+}
+
+// Adds this part's share of what all have left and stores it, four rows of one token a thread.
+DEVICE void add_left_sums(Ring ring, u32 part, u32 member, const u16* bias, u16* y, int row, int token, int live,
+                          int N) {
+    constexpr int QUADS = ROWS / 4, ADDING = COMPUTE_WARPS * 32;
+    for (int index = part * ADDING + threadIdx.x; index < live * QUADS; index += SPLIT * ADDING) {
+        int at_token = index / QUADS, at_row = index % QUADS * 4;
+        if (row + at_row >= N) continue;
+        u32 address = ring.base + (at_token * PARTIAL_STRIDE + at_row) * 4;
+        float sums[SPLIT][4];
+#pragma unroll
+        for (int other = 0; other < SPLIT; ++other)
+            asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                         : "=f"(sums[other][0]), "=f"(sums[other][1]), "=f"(sums[other][2]), "=f"(sums[other][3])
+                         : "r"(remote_address(address, other * SHARE + member)));
+        float sum[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            sum[i] = bias ? to_float(bias[row + at_row + i]) : 0.f;
+#pragma unroll
+            for (int other = 0; other < SPLIT; ++other) sum[i] += sums[other][i];
+        }
+        asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(y + (u64)(token + at_token) * N + row + at_row),
+                     "r"(pack_pair(sum[0], sum[1])), "r"(pack_pair(sum[2], sum[3]))
                      : "memory");
     }
 }

@@ -1,6 +1,6 @@
 // Sizes of wgmma_sp's tiles, and where its shared memory holds what: stages, barriers, then the place
 // for sums on their way out (wgmma_sp_output.cuh), one of two: staging of outputs, or the inbox of
-// partial sums where K is split.
+// partial sums where K is split and those are few.
 
 #pragma once
 
@@ -36,22 +36,24 @@ constexpr int STAGING_AT = BARRIERS_AT + ((2 * STAGES + 1) * 8 + 127) / 128 * 12
 constexpr int STAGING_TOKENS = TOKENS % 32 == 0 ? 32 : TOKENS % 16 == 0 ? 16 : 8;
 constexpr int STAGING_BYTES = STAGING_TOKENS * 128;  // a warpgroup's
 
-// Sums change hands in pieces of 8 tokens x 8 rows of fp32; piece i belongs to part i % SPLIT, which
-// has room for it from every part.
+// Where K is split, partial sums change hands in one of two ways. If they are few (not PULLS) they are
+// pushed, which waits for nobody: in pieces of 8 tokens x 8 rows of fp32; piece i belongs to part
+// i % SPLIT, which has room for it from every part.
+constexpr bool PUSHES = SPLIT > 1 && !PULLS;
 constexpr int PIECES_A_BLOCK = ROWS / 8;  // of 8 tokens
 constexpr int PIECE_BYTES = 8 * 8 * 4;
 constexpr int PIECES_A_PART = (TOKENS / 8 * PIECES_A_BLOCK + SPLIT - 1) / SPLIT;
-constexpr int INBOX_BYTES = SPLIT * PIECES_A_PART * PIECE_BYTES;
-// A small one has a place of its own, and pushing waits for nothing. A large one would leave too few
-// stages: it takes the place of those, once all parts are done with theirs.
-constexpr bool INBOX_OVER_STAGES = INBOX_BYTES > 16384;
-constexpr int INBOX_AT = INBOX_OVER_STAGES ? 0 : STAGING_AT;
+constexpr int INBOX_AT = STAGING_AT;
+// Many, at 8 bytes a message, would take longer than reading them: each part leaves its own in place
+// of its stages, as [TOKENS, ROWS], and reads the others'. +4 floats: the 8 rows x 4 token pairs that
+// a warp writes at once fall into 32 banks.
+constexpr int PARTIAL_STRIDE = ROWS + 4;
 
 static_assert(CLUSTER <= 8, "larger clusters do not fit every GPU");
 static_assert(STAGES >= 2, "a stage is released once the next has begun");
 static_assert(ROWS <= 256 && TOKENS <= 256, "a box of the copy engine has at most 256 rows");
-static_assert(!INBOX_OVER_STAGES || INBOX_BYTES <= BARRIERS_AT, "the stages hold the inbox");
-static_assert(SPLIT == 1 || PIECES_A_BLOCK >= SPLIT, "a part without a piece would not wait for the others");
+static_assert(!PULLS || TOKENS * PARTIAL_STRIDE * 4 <= BARRIERS_AT, "partial sums take the place of stages");
+static_assert(!PUSHES || PIECES_A_BLOCK >= SPLIT, "a part without a piece would not wait for the others");
 static_assert(TOKENS % (8 * SHARE) == 0, "a member loads whole groups of 8 swizzled rows of x");
 
 // Addresses of it.

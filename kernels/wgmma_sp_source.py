@@ -13,6 +13,9 @@ from cast_serve.kernels.nvrtc import Source
 _SHARED_PER_SM = 228 * 1024
 _SHARED_PER_BLOCK = 227 * 1024
 
+# Bytes of partial sums in a CTA's inbox up to which they are pushed (wgmma_sp_sizes.cuh).
+_LARGEST_INBOX = 16384
+
 _HEADERS = ("hopper.cuh", "wgmma_sp_output.cuh", "wgmma_sp_sizes.cuh")
 
 _NAME = re.compile(r"g(\d+)x(\d+)-t(\d+)-w(\d+)-k(\d+)(?:c(\d+))?-o(\d+)")
@@ -117,11 +120,19 @@ class Config:
         """Shared memory beside the stages: barriers of up to 32, and room for outputs or sums."""
         if self.split == 1:
             return 1024 + self.groups * min(self.tokens, 32) * 128
-        # Pieces of 8 x 8 sums in fp32, from each part as many as a part adds; large ones take the
-        # place of stages.
+        # Where sums are left, they take the place of stages.
+        return 1024 + (0 if self.leaves_sums else self._inbox_bytes)
+
+    @property
+    def leaves_sums(self) -> bool:
+        """Whether partial sums are left for the cluster to read, being too many to be pushed."""
+        return self.split > 1 and self._inbox_bytes > _LARGEST_INBOX
+
+    @property
+    def _inbox_bytes(self) -> int:
+        """Room for pieces of 8 x 8 sums in fp32, from each part as many as a part adds."""
         pieces = -(-(self.rows * self.tokens // 64) // self.split)
-        inbox = self.split * pieces * 256
-        return 1024 + (inbox if inbox <= 16384 else 0)
+        return self.split * pieces * 256
 
     @property
     def stages(self) -> int:
@@ -189,6 +200,7 @@ def source(config: Config, element: Element, output: torch.dtype) -> Source:
             ("OUTPUT_IS_BF16", int(output is torch.bfloat16)),
             ("COMPUTE_REGISTERS", registers),
             ("LOAD_REGISTERS", load_registers),
+            ("PULLS", int(config.leaves_sums)),
         ),
         # a: wgmma is no part of what later architectures keep.
         arch="sm_90a",
