@@ -1,4 +1,4 @@
-"""Result files to Markdown and PNG, and the table of kernels/README.md. Needs no GPU.
+"""Result files to Markdown and PNG, and the tables of README.md and kernels/README.md. No GPU.
 
 python -m bench.render                       every bench/results/linear-*.json
 python -m bench.render FILE.json ...         these
@@ -13,10 +13,13 @@ from bench.shapes import FLOORS, MODELS, TOKENS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
-README = ROOT / "kernels" / "README.md"
+README = ROOT / "README.md"
+KERNELS_README = ROOT / "kernels" / "README.md"
+HEADLINE = "Llama-3.1-8B"
 
 BEGIN = "<!-- results: written by `python -m bench.render` -->"
 END = "<!-- end of results -->"
+NOTHING = "No results yet: `make bench` on a GPU writes them."
 
 # Limits of 2:4 in 16 bits: 64 bits stored as 36, and half of the products.
 BYTES_LIMIT, FLOPS_LIMIT = 64 / 36, 2.0
@@ -25,7 +28,7 @@ BYTES_LIMIT, FLOPS_LIMIT = 64 / 36, 2.0
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.render",
-        description="Render result files to Markdown and PNG, and update kernels/README.md.",
+        description="Render result files to Markdown and PNG, and update both READMEs.",
     )
     parser.add_argument("files", nargs="*", type=Path, help="default: bench/results/linear-*.json")
     files = parser.parse_args().files or sorted(RESULTS.glob("linear-*.json"))
@@ -34,8 +37,10 @@ def main() -> None:
     for file in files:
         for path in render(file):
             print(path)
-    update_readme(README, sorted(RESULTS.glob("linear-*.json")))
-    print(README)
+    measured = sorted(RESULTS.glob("linear-*.json"))
+    update_readme(README, headline_table(measured))
+    update_readme(KERNELS_README, kernel_table(measured))
+    print(README, KERNELS_README, sep="\n")
 
 
 def render(file: Path) -> list[Path]:
@@ -206,8 +211,8 @@ def write_plot(results: Results, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def update_readme(readme: Path, files: Iterable[Path]) -> None:
-    """Put the table of `files` between the markers of `readme`.
+def update_readme(readme: Path, table: list[str]) -> None:
+    """Put the lines of `table` between the markers of `readme`.
 
     Raises:
         ValueError: the markers are not there.
@@ -217,8 +222,22 @@ def update_readme(readme: Path, files: Iterable[Path]) -> None:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"{readme} lacks the lines {BEGIN!r} and {END!r}")
-    table = "\n".join(kernel_table(files))
-    readme.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}")
+    lines = "\n".join(table)
+    readme.write_text(f"{before}{BEGIN}\n{lines}\n{END}{after}")
+
+
+def headline_table(files: Iterable[Path]) -> list[str]:
+    """Speed-up of the linears of `HEADLINE` together, one row a GPU and dtype."""
+    rows = []
+    for file in files:
+        results = load(file)
+        for dtype in sorted({row.dtype for row in results.rows}):
+            sums = {total.M: total for total in totals(results.selected(HEADLINE, dtype))}
+            if sums:
+                cells = (f"{sums[M].speedup:.2f}" if M in sums else "" for M in TOKENS)
+                name = f"[{results.env['gpu']}](bench/results/{file.stem}.md), {dtype}"
+                rows.append([name, *cells])
+    return _table(["tokens M", *map(str, TOKENS)], rows) if rows else [NOTHING]
 
 
 def kernel_table(files: Iterable[Path]) -> list[str]:
@@ -244,7 +263,7 @@ def kernel_table(files: Iterable[Path]) -> list[str]:
                     ]
                 )
     header = ["kernel", "GPU", "M", "layers x M", "x dense: least / median / most", "result"]
-    return _table(header, rows) if rows else ["No results yet: `make bench` on a GPU writes them."]
+    return _table(header, rows) if rows else [NOTHING]
 
 
 def _ranges(rows: list[Row], kernel: str) -> list[tuple[int, int]]:

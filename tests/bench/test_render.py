@@ -3,7 +3,18 @@ from pathlib import Path
 
 import pytest
 
-from bench.render import BEGIN, END, README, kernel_table, markdown, render, update_readme
+from bench.render import (
+    BEGIN,
+    END,
+    KERNELS_README,
+    README,
+    RESULTS,
+    headline_table,
+    kernel_table,
+    markdown,
+    render,
+    update_readme,
+)
 from bench.results import Results, Row
 
 
@@ -66,11 +77,11 @@ def test_kernel_table_splits_ranges(tmp_path: Path, env, row: Callable[..., Row]
 def test_update_readme(result_file: Path, tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text(f"# Kernels\n\n{BEGIN}\nold\n{END}\n\nafter\n")
-    update_readme(readme, [result_file])
+    update_readme(readme, kernel_table([result_file]))
     written = readme.read_text()
     assert "old" not in written and "| mma_sp | NVIDIA H200 |" in written
     assert written.startswith(f"# Kernels\n\n{BEGIN}\n") and written.endswith(f"{END}\n\nafter\n")
-    update_readme(readme, [result_file])
+    update_readme(readme, kernel_table([result_file]))
     assert readme.read_text() == written
 
 
@@ -81,10 +92,20 @@ def test_update_readme_refuses(tmp_path: Path) -> None:
         update_readme(readme, [])
 
 
-def test_kernels_readme_is_up_to_date(tmp_path: Path) -> None:
-    """kernels/README.md holds what the results in the checkout say."""
+def test_headline_table(result_file: Path) -> None:
+    header, _, line = headline_table([result_file])
+    assert header.startswith("| tokens M | 1 | 8 |")
+    assert line.startswith(
+        "| [NVIDIA H200](bench/results/linear-h200.md), bfloat16 | 1.25 | 1.25 |"
+    )
+
+
+@pytest.mark.parametrize(
+    ("readme", "table"), [(README, headline_table), (KERNELS_README, kernel_table)], ids=str
+)
+def test_readmes_are_up_to_date(tmp_path: Path, readme: Path, table: Callable) -> None:
+    """They hold what the results in the checkout say."""
     copy = tmp_path / "README.md"
-    copy.write_text(README.read_text())
-    results = README.parent.parent / "bench" / "results"
-    update_readme(copy, sorted(results.glob("linear-*.json")))
-    assert copy.read_text() == README.read_text()
+    copy.write_text(readme.read_text())
+    update_readme(copy, table(sorted(RESULTS.glob("linear-*.json"))))
+    assert copy.read_text() == readme.read_text()

@@ -54,8 +54,8 @@ def test_compiles(name):
         3 * config.tiles * config.width // 64
     )
     assert "UTMALDG" in code and "LDG" not in re.sub(r"UTMALDG|LDG\.E\.U16", "", code)
-    # A wait for all memory traffic, which halved the speed where each stage had one: only where many
-    # partial sums are left for others to read.
+    # A wait for all memory traffic, which halved the speed where each stage had one: only where
+    # many partial sums are left for others to read.
     assert code.count("MEMBAR.ALL.GPU") == int(config.leaves_sums)
 
 
