@@ -6,21 +6,20 @@ from pathlib import Path
 
 import pytest
 from engine_process import Answer, Engine, EngineError
+from features import FEATURES
 
 from cast_serve.model_loaders.convert import convert
 
 pytestmark = pytest.mark.engine
+
+SPARSE = {"CAST_SERVE_KERNEL": "reference", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
 @pytest.fixture(scope="module")
 def sparse_engine(tmp_path_factory) -> Iterator[Engine]:
     """An engine whose 2:4 layers stay packed."""
     folder = tmp_path_factory.mktemp("sparse")
-    environment = {
-        "CAST_SERVE_KERNEL": "reference",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    }
-    running = Engine(folder / "stderr", environment)
+    running = Engine(folder / "stderr", SPARSE)
     yield running
     running.close()
 
@@ -54,6 +53,26 @@ def test_sparse_op_in_bfloat16(sparse_engine, oracle, packed):
 def test_sparse_op_compiled(sparse_engine, float32, packed):
     answer = sparse_engine(packed, dtype="float32", enforce_eager=False)
     answer.assert_equals(float32("llama"))
+
+
+@pytest.mark.parametrize("feature", [name for name in FEATURES if name != "speculative decoding"])
+def test_sparse_op_with(sparse_engine, engine, stored, packed, feature):
+    options = {"dtype": "float32", **FEATURES[feature]}
+    answer = sparse_engine(packed, **options)
+    answer.assert_equals(engine(stored("llama"), **options))
+    assert (sum(answer.cached_tokens) > 0) == (feature == "prefix caching")
+
+
+def test_sparse_op_with_speculative_decoding(stored, packed, tmp_path):
+    """In processes of their own: n-grams load numba, with which vLLM 0.32 for CPUs starts no
+    second engine."""
+    options = {"dtype": "float32", **FEATURES["speculative decoding"]}
+    stock = Engine(tmp_path / "stock", {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
+    expected = stock(stored("llama"), **options)
+    stock.close()
+    sparse = Engine(tmp_path / "sparse", SPARSE)
+    sparse(packed, **options).assert_equals(expected)
+    sparse.close()
 
 
 def test_sparse_op_with_bias(sparse_engine, float32, stored, tmp_path):

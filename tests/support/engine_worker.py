@@ -12,15 +12,19 @@ def answer(job: dict) -> dict:
     from vllm.lora.request import LoRARequest
 
     adapter = job.pop("adapter", None)
+    # A round is one batch; the answer is that of the last.
+    rounds = job.pop("rounds", [PROMPTS])
+    max_tokens = job.pop("max_tokens", 12)
     options = {"enforce_eager": True, "max_model_len": 128, "distributed_executor_backend": "uni"}
     llm = LLM(**{**options, **job})
     try:
-        completions = llm.generate(
-            [{"prompt_token_ids": prompt} for prompt in PROMPTS],
-            SamplingParams(temperature=0, max_tokens=12, logprobs=1, ignore_eos=True),
-            lora_request=LoRARequest("adapter", 1, adapter) if adapter else None,
-            use_tqdm=False,
-        )
+        for prompts in rounds:
+            completions = llm.generate(
+                [{"prompt_token_ids": prompt} for prompt in prompts],
+                SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=5, ignore_eos=True),
+                lora_request=LoRARequest("adapter", 1, adapter) if adapter else None,
+                use_tqdm=False,
+            )
     finally:
         llm.llm_engine.engine_core.shutdown()
         del llm
@@ -35,6 +39,8 @@ def answer(job: dict) -> dict:
             ]
             for output in outputs
         ],
+        "likely": [[list(step) for step in output.logprobs] for output in outputs],
+        "cached_tokens": [completion.num_cached_tokens or 0 for completion in completions],
     }
 
 

@@ -119,6 +119,37 @@ def copy_with_config(source: Path, target: Path, quantization: dict) -> None:
     file.write_text(json.dumps({**config, "quantization_config": quantization}))
 
 
+def drop_quantization(folder: Path) -> None:
+    """Declare nothing in config.json, so that stock vLLM serves the folder."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    config.pop("quantization_config", None)
+    file.write_text(json.dumps(config))
+
+
+def write_adapter(base: Path, folder: Path, rank: int = 8) -> None:
+    """A random LoRA adapter on all linears of a Llama in one dense file, as peft saves it."""
+    torch.manual_seed(2)
+    tensors = {}
+    for name, weight in load_file(base / "model.safetensors").items():
+        if is_linear(name, weight):
+            module = "base_model.model." + name.removesuffix(".weight")
+            rows, columns = weight.shape
+            tensors[f"{module}.lora_A.weight"] = torch.randn(rank, columns) / columns**0.5
+            tensors[f"{module}.lora_B.weight"] = torch.randn(rows, rank) / rank**0.5
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    projections = {name.split(".")[-3] for name in tensors}
+    adapter = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": sorted(projections),
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(adapter))
+
+
 def cast_config(stored: str, ignore: list[str]) -> dict:
     return {
         "quant_method": "cast",

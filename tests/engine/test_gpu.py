@@ -1,0 +1,133 @@
+"""The example model on a GPU, with what vLLM users turn on, against stock vLLM on the same weights.
+
+Sums are in another order than cuBLAS's, so answers are compared by vLLM's own rule
+(`Answer.assert_close`).
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from engine_process import Answer, Engine
+from features import FEATURES
+
+from cast_serve.model_loaders.convert import convert
+
+pytestmark = [pytest.mark.engine, pytest.mark.gpu, pytest.mark.timeout(400)]
+
+EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "tiny-llama-2of4"
+# Not a share of what is free, which other tests on the same GPU change meanwhile.
+MEMORY = {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 1 << 28}
+COMPILED: dict[str, Any] = {"enforce_eager": False, **MEMORY}
+
+
+def graphs(mode: str) -> dict[str, Any]:
+    return {**COMPILED, "compilation_config": {"cudagraph_mode": mode}}
+
+
+@pytest.fixture(scope="session")
+def gpu_engine(tmp_path_factory) -> Iterator[Engine]:
+    log = tmp_path_factory.mktemp("gpu") / "stderr"
+    environment = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "TORCH_LOGS": "recompiles,graph_breaks",
+    }
+    running = Engine(log, environment)
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="session")
+def dense(tmp_path_factory) -> Path:
+    """The example's weights stored dense, for stock vLLM."""
+    folder = tmp_path_factory.mktemp("example") / "dense"
+    convert(EXAMPLE, folder, to="dense")
+    tiny_models.drop_quantization(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stock(gpu_engine, dense) -> Callable[[str], Answer]:
+    """What stock vLLM answers, by options as JSON."""
+    return cache(lambda options: gpu_engine(dense, **json.loads(options)))
+
+
+@pytest.fixture
+def answers_alike(gpu_engine, stock) -> Callable[..., Answer]:
+    """Ask for a checkpoint's answer, quietly, and compare it with that of stock vLLM."""
+
+    def check(model: Path = EXAMPLE, quantization: str | None = None, **options: Any) -> Answer:
+        mark = len(gpu_engine.log.read_text())
+        ours = {"quantization": quantization} if quantization else {}
+        answer = gpu_engine(model, **ours, **options)
+        log = gpu_engine.log_since(mark)
+        answer.assert_close(stock(json.dumps(options, sort_keys=True)))
+        assert "stay packed" in log
+        # Of torch.compile, of vLLM's JIT monitor, and of selection when something is not shipped.
+        for complaint in ("Recompiling", "Graph break", "during inference", "fails"):
+            assert complaint not in log
+        return answer
+
+    return check
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"enforce_eager": True, **MEMORY}, id="eager"),
+        pytest.param(graphs("NONE"), id="compiled"),
+        pytest.param(graphs("PIECEWISE"), id="piecewise graphs"),
+        pytest.param(graphs("FULL_DECODE_ONLY"), id="full graphs"),
+        pytest.param(graphs("FULL_AND_PIECEWISE"), id="full and piecewise graphs"),
+        pytest.param({**COMPILED, "dtype": "float16"}, id="float16"),
+        pytest.param({**COMPILED, "kv_cache_dtype": "fp8"}, id="FP8 KV cache"),
+        *(pytest.param({**COMPILED, **more}, id=feature) for feature, more in FEATURES.items()),
+    ],
+)
+def test_answers_alike(answers_alike, options):
+    answers_alike(**options)
+
+
+def test_lora(answers_alike, stock, dense, tmp_path):
+    tiny_models.write_adapter(dense, tmp_path / "adapter")
+    lora = {"enable_lora": True, "max_lora_rank": 8, "adapter": str(tmp_path / "adapter")}
+    answer = answers_alike(**COMPILED, **lora)
+    assert answer.tokens != stock(json.dumps(COMPILED, sort_keys=True)).tokens
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tensor_parallel(tmp_path_factory, dense):
+    log = tmp_path_factory.mktemp("parallel") / "stderr"
+    parallel = Engine(log, {})
+    options = {**COMPILED, "tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    try:
+        parallel(EXAMPLE, **options).assert_close(parallel(dense, **options))
+    finally:
+        parallel.close()
+
+
+def test_formats(answers_alike, dense, tmp_path):
+    """Declared dense, declared nowhere, and as compressed-tensors."""
+    answers_alike(dense, quantization="cast", **COMPILED)
+    tiny_models.copy_with_config(dense, tmp_path / "stored", tiny_models.cast_config("dense", []))
+    answers_alike(tmp_path / "stored", **COMPILED)
+    quantization = tiny_models.compressed_tensors_config("sparse-24-bitmask")
+    tiny_models.copy_with_config(dense, tmp_path / "bitmask", quantization)
+    tiny_models.compress(tmp_path / "bitmask")
+    answers_alike(tmp_path / "bitmask", **COMPILED)
+
+
+@pytest.mark.parametrize("kernel", ["mma_sp", "cusparselt"])
+def test_forced_kernels(tmp_path_factory, stock, kernel):
+    log = tmp_path_factory.mktemp(kernel) / "stderr"
+    forced = Engine(log, {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "CAST_SERVE_KERNEL": kernel})
+    try:
+        forced(EXAMPLE, **COMPILED).assert_close(stock(json.dumps(COMPILED, sort_keys=True)))
+    finally:
+        forced.close()
+    assert f'"{kernel}"' in log.read_text()
