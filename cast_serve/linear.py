@@ -31,7 +31,7 @@ from vllm.platforms import current_platform
 from cast_serve.config import CastConfig, Part
 from cast_serve.envs import forced_kernel
 from cast_serve.kernels.op import REFERENCE_PLAN, linear_2of4
-from cast_serve.kernels.packing import COLUMNS_PER_BYTE, PatternError, check_mask, pack, unpack
+from cast_serve.kernels.packing import COLUMNS_PER_BYTE, PatternError, keeps_two, pack, unpack
 from cast_serve.kernels.plan import Plan
 from cast_serve.kernels.problem import Problem
 from cast_serve.kernels.registry import REFERENCE
@@ -151,6 +151,8 @@ class CastLinearMethod(LinearMethodBase):
         for inlet in _INLETS:
             delattr(layer, inlet)
         self.inlets.clear()
+        if self.sparse:
+            self._check(held["compressed"], held["bitmask"])
         plan = self._plan(held["compressed"]) if self.sparse else None
         if plan is not None:
             self._hold_sparse(layer, build(held["compressed"], held["bitmask"], plan.layouts))
@@ -241,10 +243,11 @@ class CastLinearMethod(LinearMethodBase):
         """Values [N, K/2] and bitmask [N, K/8] of a whole part; None if the part is dense."""
         stored = self.config.scheme.format
         if "compressed" in part:
-            values, bitmask = part["compressed"], part["bitmask"]
-            if not check_mask(bitmask, limit=1).ok or not values.isfinite().all():
-                self._refuse(part_id, "damaged values or bitmask")
-            return values, bitmask
+            packed = part["compressed"], part["bitmask"]
+            # Else it is checked with the whole layer, once this rank's piece is on its device.
+            if not self.sparse:
+                self._check(*packed, part_id)
+            return packed
         if not self._is_declared_sparse(part_id, stored) or stored is Format.CT_BITMASK:
             return None
         weight = part["weight"].to(self.device)
@@ -266,6 +269,9 @@ class CastLinearMethod(LinearMethodBase):
         if others:
             dense = ", ".join(part.name for part in self._named(part_id))
             self.config.warn_mixed(self.prefix, sparse=", ".join(others), dense=dense)
+        held, bitmask = self.inlets["compressed"].data, self.inlets["bitmask"].data
+        arrived = bitmask.any(1)
+        self._check(held[arrived], bitmask[arrived])
         self.sparse = False
         # .data, not new parameters: the model's loader holds on to these.
         self.inlets["weight"].data = unpack(
@@ -287,6 +293,13 @@ class CastLinearMethod(LinearMethodBase):
                 f"{names}: {list(tensor.shape)} in the checkpoint does not fit the model's "
                 f"{list(parameter.shape)} a rank; config.json is of another model"
             ) from error
+
+    def _check(
+        self, values: torch.Tensor, bitmask: torch.Tensor, part_id: PartId = None
+    ) -> None:
+        """Refuse what no writer of 2:4 checkpoints makes."""
+        if not (keeps_two(bitmask).all() & values.isfinite().all()):
+            self._refuse(part_id, "damaged values or bitmask")
 
     def _refuse(self, part_id: PartId, reason: str) -> NoReturn:
         """Raise the error of the checkpoint's own reader, which names file, row and column."""

@@ -178,6 +178,17 @@ def check_mask(mask: torch.Tensor, *, limit: int = 8) -> Report:
     return _scan(rows, columns, faults, limit)
 
 
+def keeps_two(mask: torch.Tensor) -> torch.Tensor:
+    """bool [N, K/8]: whether both groups of a bitmask byte keep exactly two columns.
+
+    What `check_mask` finds, without where: a few passes over bytes, and nothing is awaited.
+    """
+    # Bits counted in pairs, then in nibbles, all side by side in their byte.
+    pairs = (mask & 0x55) + (mask >> 1 & 0x55)
+    nibbles = (pairs & 0x33) + (pairs >> 2 & 0x33)
+    return nibbles == 0x22
+
+
 def check_packed_shapes(values: tuple[int, ...], mask: tuple[int, ...]) -> None:
     """Raise ValueError unless [N, K/2] values and a [N, K/8] bitmask belong together."""
     if len(values) != 2 or len(mask) != 2:

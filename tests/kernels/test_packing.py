@@ -5,7 +5,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cast_serve.kernels import packing
-from cast_serve.kernels.packing import PatternError, check, check_mask, pack, unpack
+from cast_serve.kernels.packing import (
+    PatternError,
+    check,
+    check_mask,
+    keeps_two,
+    pack,
+    unpack,
+)
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # Where torch leaves memory uninitialised, a wrong answer must not look like a right one.
@@ -171,3 +178,10 @@ def test_check_mask_finds_byte(bad: int) -> None:
     low_nibble_is_fine = (bad & 0xF).bit_count() == 2
     assert (first.row, first.column) == (2, 12 if low_nibble_is_fine else 8)
     assert sum(first.values) != 2
+
+
+def test_keeps_two_agrees_with_check_mask() -> None:
+    every_byte = torch.arange(256, dtype=torch.uint8)[:, None]
+    expected = [check_mask(row[None]).ok for row in every_byte]
+    assert keeps_two(every_byte).flatten().tolist() == expected
+    assert sum(expected) == 36
