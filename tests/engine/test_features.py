@@ -38,6 +38,38 @@ def test_tensor_parallel(parallel_engine, stored, packed):
     parallel_engine(packed, **options).assert_equals(stock)
 
 
+def test_shards_equal_slices(stored, packed, tmp_path):
+    """What each of two ranks holds, beside what one rank alone does."""
+    environment = {
+        "CAST_SERVE_KERNEL": "reference",
+        "VLLM_CPU_OMP_THREADS_BIND": "0|1",
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+    }
+    answers, holds = [], []
+    for ranks, threads in ((1, "0"), (2, "0|1")):
+        folder = tmp_path / str(ranks)
+        folder.mkdir()
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = threads
+        running = Engine(folder / "stderr", environment)
+        options = {"tensor_parallel_size": ranks, "distributed_executor_backend": "mp"}
+        answers.append(running(packed, held=str(folder), dtype="float32", **options))
+        running.close()
+        holds.append([torch.load(folder / f"{rank}.pt") for rank in range(ranks)])
+    answers[1].assert_equals(answers[0])
+    (whole,), shards = holds
+    assert len(whole) == 2 * 4 * 2  # blocks, layers a block, values and bitmask
+    for name, tensor in whole.items():
+        pieces = [shard[name] for shard in shards]
+        if "o_proj" in name or "down_proj" in name:
+            assert torch.equal(torch.cat(pieces, dim=1), tensor)
+            continue
+        # Rows of a fused layer: each rank has its half of every part.
+        parts = (128, 64, 64) if "qkv_proj" in name else (256, 256)
+        halves = [piece.split([part // 2 for part in parts]) for piece in pieces]
+        for part, *of_ranks in zip(tensor.split(parts), *halves, strict=True):
+            assert torch.equal(torch.cat(of_ranks), part)
+
+
 def test_lora(engine, stored, oracle, packed, tmp_path):
     torch.manual_seed(2)
     base = AutoModelForCausalLM.from_pretrained(stored("llama"))

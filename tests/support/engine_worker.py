@@ -15,9 +15,12 @@ def answer(job: dict) -> dict:
     # A round is one batch; the answer is that of the last.
     rounds = job.pop("rounds", [PROMPTS])
     max_tokens = job.pop("max_tokens", 12)
+    held = job.pop("held", None)
     options = {"enforce_eager": True, "max_model_len": 128, "distributed_executor_backend": "uni"}
     llm = LLM(**{**options, **job})
     try:
+        if held:
+            llm.collective_rpc(save_held, args=(held,))
         for prompts in rounds:
             completions = llm.generate(
                 [{"prompt_token_ids": prompt} for prompt in prompts],
@@ -42,6 +45,19 @@ def answer(job: dict) -> dict:
         "likely": [[list(step) for step in output.logprobs] for output in outputs],
         "cached_tokens": [completion.num_cached_tokens or 0 for completion in completions],
     }
+
+
+def save_held(worker, folder: str) -> None:
+    """Write what the 2:4 layers of a rank hold to FOLDER/RANK.pt, by parameter."""
+    import torch
+
+    model = worker.model_runner.get_model()
+    tensors = {
+        name: parameter.cpu()
+        for name, parameter in model.named_parameters()
+        if "weight_packed" in name or "metadata_" in name
+    }
+    torch.save(tensors, f"{folder}/{worker.rank}.pt")
 
 
 def main() -> None:
