@@ -1,11 +1,11 @@
-# make serve | test | gpu-test | bench | lint     The first call creates .venv; PYTHON=python3.12 chooses the Python.
+# make serve | test | gpu-test | bench | bench-serve | lint     The first call creates .venv; PYTHON=python3.12 chooses the Python.
 MODEL ?= examples/tiny-llama-2of4
 PORT ?= 8000
 SERVE_FLAGS ?=
 TEST_FLAGS ?=
 BENCH_FLAGS ?=
 
-.PHONY: serve test gpu-test bench lint setup
+.PHONY: serve test gpu-test bench bench-serve lint setup
 
 setup:
 	@scripts/setup.sh
@@ -25,6 +25,11 @@ gpu-test: setup
 bench: setup
 	.venv/bin/python -m bench.bench_linear --dtype bfloat16 $(BENCH_FLAGS)
 	.venv/bin/python -m bench.bench_linear --dtype float16 $(BENCH_FLAGS)
+	.venv/bin/python -m bench.render
+
+# Needs an NVIDIA GPU; about 15 minutes. Writes bench/results and the table of README.md.
+bench-serve: setup
+	.venv/bin/python -m bench.bench_serve $(BENCH_FLAGS)
 	.venv/bin/python -m bench.render
 
 lint: setup

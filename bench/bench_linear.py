@@ -27,14 +27,15 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from bench import environment, report
-from bench.accuracy import WrongResult
-from bench.make_table import make_table
-from bench.points import Forced, Rates, measure_layer
-from bench.render import RESULTS, render
-from bench.results import Row, load_or_empty
-from bench.shapes import MODELS, TOKENS, Model, find_model
-from bench.timing import copy_gbps, dense_tflops
+from cast_serve.bench import environment, report
+from cast_serve.bench.accuracy import WrongResult
+from cast_serve.bench.linear_results import Row, load_or_empty
+from cast_serve.bench.make_table import make_table
+from cast_serve.bench.paths import RESULTS
+from cast_serve.bench.points import Forced, Rates, measure_layer
+from cast_serve.bench.render import render
+from cast_serve.bench.shapes import MODELS, TOKENS, Model, find_model
+from cast_serve.bench.timing import copy_gbps, dense_tflops
 from cast_serve.kernels.registry import KERNELS
 from cast_serve.kernels.selection import NoKernel
 
@@ -62,7 +63,7 @@ def parse(arguments: Sequence[str] | None) -> Options:
         ValueError: a model, kernel or number of tokens that there is not.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m bench.bench_linear",
+        prog="cast-bench linear",
         description="Time 2:4 linear layers against cuBLAS and write bench/results.",
     )
     names = ",".join(model.name for model in MODELS)

@@ -19,19 +19,20 @@ from typing import Any
 
 import torch
 
-from bench.environment import require_gpu, slug
-from bench.results import roof_us
-from bench.search import Search
-from bench.shapes import MODELS, Layer, Model, find_model
-from bench.timing import copy_gbps, dense_tflops
-from bench.weights import make_copies
+from cast_serve.bench.environment import require_gpu, slug
+from cast_serve.bench.linear_results import roof_us
+from cast_serve.bench.paths import ROOT
+from cast_serve.bench.search import Search
+from cast_serve.bench.shapes import MODELS, Layer, Model, find_model
+from cast_serve.bench.timing import copy_gbps, dense_tflops
+from cast_serve.bench.weights import make_copies
 from cast_serve.kernels.plan import BUCKETS, Plan
 from cast_serve.kernels.problem import Problem
 from cast_serve.kernels.registry import KERNELS
 from cast_serve.kernels.shipped import row_of
 from cast_serve.kernels.tune import choose
 
-TABLES = Path(__file__).parent.parent / "kernels" / "tables"
+TABLES = ROOT / "kernels" / "tables"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

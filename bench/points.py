@@ -8,12 +8,12 @@ from functools import partial
 
 import torch
 
-from bench.accuracy import Judge
-from bench.results import Row, roof_us, sparse_bytes
-from bench.search import Search
-from bench.shapes import Layer
-from bench.timing import time_variants
-from bench.weights import make_copies, resident_share
+from cast_serve.bench.accuracy import Judge
+from cast_serve.bench.linear_results import Row, roof_us, sparse_bytes
+from cast_serve.bench.search import Search
+from cast_serve.bench.shapes import Layer
+from cast_serve.bench.timing import time_variants
+from cast_serve.bench.weights import make_copies, resident_share
 from cast_serve.kernels.op import linear_2of4
 from cast_serve.kernels.problem import Problem
 from cast_serve.kernels.registry import KERNELS

@@ -1,18 +1,21 @@
 """Result files to Markdown and PNG, and the tables of README.md and kernels/README.md. No GPU.
 
-python -m bench.render                       every bench/results/linear-*.json
+python -m bench.render                       every linear-*.json and serve-*.json of bench/results
 python -m bench.render FILE.json ...         these
+
+What serve-*.json becomes is in bench/serving/render.py.
 """
 
 import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
-from bench.results import Results, Row, load, totals
-from bench.shapes import FLOORS, MODELS, TOKENS
+from cast_serve.bench.linear_results import Results, Row, load, totals
+from cast_serve.bench.markdown import replace_between, table
+from cast_serve.bench.paths import RESULTS, ROOT
+from cast_serve.bench.serving import render as serving
+from cast_serve.bench.shapes import FLOORS, MODELS, TOKENS
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "bench" / "results"
 README = ROOT / "README.md"
 KERNELS_README = ROOT / "kernels" / "README.md"
 HEADLINE = "Llama-3.1-8B"
@@ -30,16 +33,17 @@ def main() -> None:
         prog="python -m bench.render",
         description="Render result files to Markdown and PNG, and update both READMEs.",
     )
-    parser.add_argument("files", nargs="*", type=Path, help="default: bench/results/linear-*.json")
-    files = parser.parse_args().files or sorted(RESULTS.glob("linear-*.json"))
+    parser.add_argument("files", nargs="*", type=Path, help="default: those of bench/results")
+    linear, served = (sorted(RESULTS.glob(f"{name}-*.json")) for name in ("linear", "serve"))
+    files = parser.parse_args().files or [*linear, *served]
     if not files:
         parser.error(f"no result file in {RESULTS}; `make bench` on a GPU writes one")
     for file in files:
-        for path in render(file):
-            print(path)
-    measured = sorted(RESULTS.glob("linear-*.json"))
-    update_readme(README, headline_table(measured))
-    update_readme(KERNELS_README, kernel_table(measured))
+        rendered = serving.render(file) if file.name.startswith("serve-") else render(file)
+        print(*rendered, sep="\n")
+    update_readme(README, headline_table(linear))
+    serving.update_readme(README, served)
+    update_readme(KERNELS_README, kernel_table(linear))
     print(README, KERNELS_README, sep="\n")
 
 
@@ -68,7 +72,7 @@ def markdown(results: Results, plot: str) -> str:
         "",
         "## Runs",
         "",
-        *_table(
+        *table(
             ["run", "driver", "CUDA", "torch", "triton", "cuSPARSELt", "copy GB/s", "dense TFLOPS"],
             [
                 [
@@ -93,7 +97,7 @@ def markdown(results: Results, plot: str) -> str:
     others = [row for row in results.rows if not row.selected]
     if others:
         lines += ["", "## Kernels that were forced", ""]
-        lines += _table(
+        lines += table(
             ["model", "layer", "M", "dtype", "kernel", "config", "us", "x dense"],
             [
                 [
@@ -128,7 +132,7 @@ def _sums(results: Results, dtype: str) -> list[str]:
             cells.append(f"{total.speedup:.2f}{' ✗' if missed else ''}")
         rows.append([model.name, *cells])
     note = "✗: below the floor of that M; SmolLM2's layers take microseconds, its floor is 1."
-    return [*_table(["tokens M", *(str(M) for M in TOKENS)], rows), "", note]
+    return [*table(["tokens M", *(str(M) for M in TOKENS)], rows), "", note]
 
 
 def _layers(results: Results, dtype: str) -> list[str]:
@@ -152,7 +156,7 @@ def _layers(results: Results, dtype: str) -> list[str]:
                     f"{row.resident:.4f}",
                 ]
             )
-    return _table(
+    return table(
         [
             "model",
             "layer NxK",
@@ -211,19 +215,13 @@ def write_plot(results: Results, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def update_readme(readme: Path, table: list[str]) -> None:
-    """Put the lines of `table` between the markers of `readme`.
+def update_readme(readme: Path, lines: list[str]) -> None:
+    """Put the lines of a table between the markers of `readme`.
 
     Raises:
         ValueError: the markers are not there.
     """
-    text = readme.read_text()
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{readme} lacks the lines {BEGIN!r} and {END!r}")
-    lines = "\n".join(table)
-    readme.write_text(f"{before}{BEGIN}\n{lines}\n{END}{after}")
+    replace_between(readme, BEGIN, END, lines)
 
 
 def headline_table(files: Iterable[Path]) -> list[str]:
@@ -237,7 +235,7 @@ def headline_table(files: Iterable[Path]) -> list[str]:
                 cells = (f"{sums[M].speedup:.2f}" if M in sums else "" for M in TOKENS)
                 name = f"[{results.env['gpu']}](bench/results/{file.stem}.md), {dtype}"
                 rows.append([name, *cells])
-    return _table(["tokens M", *map(str, TOKENS)], rows) if rows else [NOTHING]
+    return table(["tokens M", *map(str, TOKENS)], rows) if rows else [NOTHING]
 
 
 def kernel_table(files: Iterable[Path]) -> list[str]:
@@ -263,7 +261,7 @@ def kernel_table(files: Iterable[Path]) -> list[str]:
                     ]
                 )
     header = ["kernel", "GPU", "M", "layers x M", "x dense: least / median / most", "result"]
-    return _table(header, rows) if rows else [NOTHING]
+    return table(header, rows) if rows else [NOTHING]
 
 
 def _ranges(rows: list[Row], kernel: str) -> list[tuple[int, int]]:
@@ -276,11 +274,6 @@ def _ranges(rows: list[Row], kernel: str) -> list[tuple[int, int]]:
             ranges.append((ranges.pop()[0], M) if running else (M, M))
         running = M in used
     return ranges
-
-
-def _table(header: list[str], rows: Iterable[list[str]]) -> list[str]:
-    lines = [header, ["---"] * len(header), *rows]
-    return [f"| {' | '.join(cells)} |" for cells in lines]
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.results import Row, totals
-from bench.shapes import Model
+from cast_serve.bench.linear_results import Row, totals
+from cast_serve.bench.shapes import Model
 
 # Share of the copy bandwidth that decode must reach on the two large layers.
 LEAST_COPY_SHARE, DECODE_TOKENS, LARGE_LAYERS = 0.85, 16, ("gate_up", "down")

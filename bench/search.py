@@ -14,9 +14,9 @@ from functools import partial
 
 import torch
 
-from bench.accuracy import Judge, WrongResult
-from bench.timing import fill_graph
-from bench.weights import Copy
+from cast_serve.bench.accuracy import Judge, WrongResult
+from cast_serve.bench.timing import fill_graph
+from cast_serve.bench.weights import Copy
 from cast_serve.kernels.measure import graph_time_us, interleaved_time_us, stream_time_us
 from cast_serve.kernels.prepare import Candidate, prepare_all
 from cast_serve.kernels.problem import Problem

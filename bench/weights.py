@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.shapes import Layer
-from bench.timing import limit_copies
+from cast_serve.bench.shapes import Layer
+from cast_serve.bench.timing import limit_copies
 from cast_serve.kernels.measure import copies_past_l2
 from cast_serve.kernels.packing import unpack
 from cast_serve.kernels.pattern import random_mask

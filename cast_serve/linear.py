@@ -294,9 +294,7 @@ class CastLinearMethod(LinearMethodBase):
                 f"{list(parameter.shape)} a rank; config.json is of another model"
             ) from error
 
-    def _check(
-        self, values: torch.Tensor, bitmask: torch.Tensor, part_id: PartId = None
-    ) -> None:
+    def _check(self, values: torch.Tensor, bitmask: torch.Tensor, part_id: PartId = None) -> None:
         """Refuse what no writer of 2:4 checkpoints makes."""
         if not (keeps_two(bitmask).all() & values.isfinite().all()):
             self._refuse(part_id, "damaged values or bitmask")

@@ -7,6 +7,7 @@ import sysconfig
 import tomllib
 import venv
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("folder", ["kernels", "model_loaders", "tests"])
+@pytest.mark.parametrize("folder", ["bench", "kernels", "model_loaders", "tests"])
 def test_no_package_at_the_top(folder):
     """Hugging Face publishes a package `kernels`: one of ours on sys.path would hide it."""
     assert (ROOT / folder).is_dir()
@@ -37,7 +38,7 @@ def test_top_level_kernels_is_not_ours():
     assert found.stdout.strip() in ("", "None") or not found.stdout.startswith(str(ROOT))
 
 
-@pytest.mark.parametrize("name", ["kernels", "model_loaders"])
+@pytest.mark.parametrize("name", ["bench", "kernels", "model_loaders"])
 def test_links_are_relative(name):
     assert os.readlink(ROOT / "cast_serve" / name) == f"../{name}"
 
@@ -59,11 +60,15 @@ def test_wheel_contents(wheel):
         ("cast_serve", ""),
         ("kernels", "cast_serve/"),
         ("model_loaders", "cast_serve/"),
+        ("bench", "cast_serve/"),
     ):
         for source in (ROOT / folder).rglob("*"):
-            # CUDA C++ and shipped plans are read at run time.
+            # CUDA C++ and shipped plans are read at run time, measurements are not.
+            if source.is_relative_to(ROOT / "bench" / "results"):
+                continue
             if source.suffix in (".py", ".cu", ".cuh", ".json"):
                 assert prefix + source.relative_to(ROOT).as_posix() in names
+    assert not [name for name in names if name.startswith("cast_serve/bench/results")]
 
 
 def test_wheel_in_empty_environment(wheel, tmp_path):
@@ -86,7 +91,7 @@ print(sorted(script.name for script in entry_points(group="console_scripts")))
     done = subprocess.run(
         [str(python), "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    assert done.stdout.strip() == "['cast-model', 'cast-serve', 'cast-train']"
+    assert done.stdout.strip() == "['cast-bench', 'cast-model', 'cast-serve', 'cast-train']"
 
 
 def test_wheel_imports_with_dependencies(wheel, tmp_path):
@@ -111,6 +116,26 @@ def test_wheel_imports_with_dependencies(wheel, tmp_path):
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), site])},
         check=True,
     )
+
+
+def test_benchmarks_write_to_the_working_directory(wheel, tmp_path):
+    """Installed, they leave the package alone, and name its version where there is no commit."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    program = (
+        "from cast_serve.bench import environment, paths;"
+        "print(paths.RESULTS, environment.describe(None)['commit'])"
+    )
+    site = sysconfig.get_paths()["purelib"]
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", program],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), site])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == f"bench-results {version('cast-serve')}\n"
 
 
 def test_kernels_import_without_what_only_gpus_need():

@@ -62,3 +62,7 @@ def _end_now(server: int) -> NoReturn:
     for member in [*process.children(recursive=True), process]:
         member.kill()
     os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

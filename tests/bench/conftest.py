@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from bench.results import Results, Row, roof_us, sparse_bytes
-from bench.shapes import MODELS, TOKENS
+from cast_serve.bench.linear_results import Results, Row, roof_us, sparse_bytes
+from cast_serve.bench.shapes import MODELS, TOKENS
 
 COPY_GBPS, DENSE_TFLOPS = 4000.0, 800.0
 

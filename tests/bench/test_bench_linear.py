@@ -7,15 +7,15 @@ import pytest
 import torch
 from rich.console import Console
 
-from bench import report
-from bench.accuracy import Error, Judge, WrongResult
-from bench.bench_linear import main, parse
-from bench.environment import slug
-from bench.make_table import add_plan, find_table, write_table
-from bench.points import Forced
-from bench.results import Results, Row
-from bench.shapes import MODELS, TOKENS, Layer
-from bench.weights import random_packed
+from cast_serve.bench import report
+from cast_serve.bench.accuracy import Error, Judge, WrongResult
+from cast_serve.bench.bench_linear import main, parse
+from cast_serve.bench.environment import slug
+from cast_serve.bench.linear_results import Results, Row
+from cast_serve.bench.make_table import add_plan, find_table, write_table
+from cast_serve.bench.points import Forced
+from cast_serve.bench.shapes import MODELS, TOKENS, Layer
+from cast_serve.bench.weights import random_packed
 from cast_serve.kernels.packing import check_mask
 from cast_serve.kernels.plan import Plan
 from cast_serve.kernels.problem import Problem
@@ -27,7 +27,7 @@ from cast_serve.kernels.registry import KERNELS
 def test_without_gpu(program: str, capsys: pytest.CaptureFixture[str]) -> None:
     import importlib
 
-    status = importlib.import_module(f"bench.{program}").main([])
+    status = importlib.import_module(f"cast_serve.bench.{program}").main([])
     assert status == 2
     assert f"{program}: needs an NVIDIA GPU, and torch" in capsys.readouterr().err
 

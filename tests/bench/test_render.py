@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.render import (
+from cast_serve.bench.linear_results import Results, Row
+from cast_serve.bench.render import (
     BEGIN,
     END,
     KERNELS_README,
@@ -15,7 +16,6 @@ from bench.render import (
     render,
     update_readme,
 )
-from bench.results import Results, Row
 
 
 def test_render(result_file: Path) -> None:

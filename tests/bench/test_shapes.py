@@ -1,6 +1,6 @@
 import pytest
 
-from bench.shapes import FLOORS, MODELS, SHAPES, TOKENS, Layer, find_model
+from cast_serve.bench.shapes import FLOORS, MODELS, SHAPES, TOKENS, Layer, find_model
 
 # (N, K) of qkv, o, gate_up, down, worked out by hand from the published config.json files.
 PUBLISHED = {

@@ -1,6 +1,6 @@
 import pytest
 
-from bench.timing import (
+from cast_serve.bench.timing import (
     FEWEST_REPEATS,
     MOST_REPEATS,
     Timing,

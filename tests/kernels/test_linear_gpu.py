@@ -15,7 +15,7 @@ import triton
 from layers import random_packed
 from torch import Tensor
 
-from bench.shapes import SHAPES
+from cast_serve.bench.shapes import SHAPES
 from cast_serve.kernels import nvrtc
 from cast_serve.kernels.cusparselt_abi import Library
 from cast_serve.kernels.op import linear_2of4

@@ -8,7 +8,7 @@ import pytest
 import torch
 from layers import GPU, problem
 
-from bench.shapes import SHAPES
+from cast_serve.bench.shapes import SHAPES
 from cast_serve.kernels import cache, selection, shipped, tune
 from cast_serve.kernels.plan import BUCKETS, Plan
 from cast_serve.kernels.problem import Problem

@@ -5,7 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from bench.results import ResultError, Results, Row, load, load_or_empty, sparse_bytes, totals
+from cast_serve.bench.linear_results import (
+    Results,
+    Row,
+    load,
+    load_or_empty,
+    sparse_bytes,
+    totals,
+)
+from cast_serve.bench.result_file import ResultError
 
 
 def test_save_load_roundtrip(result_file: Path, results: Results) -> None:

@@ -1,28 +1,18 @@
-"""Result files: what a row holds, what follows from it, and how runs join in one file.
+"""linear-GPU.json (bench/result_file.py): what a row holds, and what follows from it.
 
-`bench/results/linear-GPU.json` is an object:
-
-  env    the environment of the latest run
-  runs   by run id, the environment of every run that still has a row
-  rows   one object a (model, layer, M, dtype) and kernel choice; `run` says which run measured it
-
-A run of some models keeps the rows of the others, so a file may hold several runs.
+One row a (model, layer, M, dtype) and kernel choice.
 """
 
-import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from cast_serve.bench.result_file import ResultFile, positive, read
 
 # A 4-bit code a group of four weights.
 METADATA_BYTES_PER_WEIGHT = 1 / 8
 
 Key = tuple[str, str, int, str, str]
-
-
-class ResultError(ValueError):
-    """A result file or a row does not hold what it must."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,37 +88,14 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Results:
-    """A result file in memory."""
-
-    env: dict[str, Any] = field(default_factory=dict)
-    runs: dict[str, dict[str, Any]] = field(default_factory=dict)
-    rows: tuple[Row, ...] = ()
-
-    def merge(self, env: dict[str, Any], rows: Iterable[Row]) -> "Results":
-        """These results with `rows` of the run `env` in place of rows of the same key."""
-        joined = {row.key: row for row in self.rows} | {row.key: row for row in rows}
-        runs = {**self.runs, env["run"]: env}
-        used = {row.run for row in joined.values()} | {env["run"]}
-        return Results(
-            env=env,
-            runs={name: run for name, run in runs.items() if name in used},
-            rows=tuple(joined.values()),
-        )
+class Results(ResultFile[Row]):
+    """A linear-GPU.json in memory."""
 
     def selected(self, model: str, dtype: str) -> list[Row]:
         """The rows of the op's own choice."""
         return [
             row for row in self.rows if row.selected and (row.model, row.dtype) == (model, dtype)
         ]
-
-    def save(self, path: Path) -> None:
-        """Write whole or not at all: a run may be killed at any time."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"env": self.env, "runs": self.runs, "rows": [asdict(row) for row in self.rows]}
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(content, indent=1) + "\n")
-        part.replace(path)
 
 
 def load(path: Path) -> Results:
@@ -137,33 +104,17 @@ def load(path: Path) -> Results:
     Raises:
         ResultError: not a result file, or a row without what a row must hold; names both.
     """
-    try:
-        content = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ResultError(f"{path}: not JSON: {error}") from error
-    if not isinstance(content, dict) or not {"env", "runs", "rows"} <= content.keys():
-        raise ResultError(f"{path}: not an object with env, runs and rows")
-    rows = tuple(_row(path, index, entry) for index, entry in enumerate(content["rows"]))
-    unknown = {row.run for row in rows} - content["runs"].keys()
-    if unknown:
-        raise ResultError(f"{path}: rows of runs that are not in it: {', '.join(sorted(unknown))}")
-    return Results(env=content["env"], runs=content["runs"], rows=rows)
+    found = read(path, Row, _fault)
+    return Results(env=found.env, runs=found.runs, rows=found.rows)
 
 
 def load_or_empty(path: Path) -> Results:
     return load(path) if path.exists() else Results()
 
 
-def _row(path: Path, index: int, entry: dict[str, Any]) -> Row:
-    names = {column.name for column in fields(Row)}
-    if entry.keys() != names:
-        wrong = ", ".join(sorted(names ^ entry.keys()))
-        raise ResultError(f"{path}: row {index} lacks, or should not have: {wrong}")
-    row = Row(**entry)
+def _fault(row: Row) -> str | None:
     numbers = (row.dense_us, row.sparse_us, row.gbps, row.copy_gbps, row.dense_tflops)
-    if not all(isinstance(number, int | float) and number > 0 for number in numbers):
-        raise ResultError(f"{path}: row {index}: times and rates must be numbers above zero")
-    return row
+    return None if positive(*numbers) else "times and rates must be numbers above zero"
 
 
 def sparse_bytes(*, N: int, K: int, M: int, itemsize: int = 2) -> float:

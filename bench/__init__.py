@@ -1,1 +1,0 @@
-"""Benchmarks; run from the checkout, as `python -m bench.bench_linear`."""

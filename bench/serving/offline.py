@@ -1,0 +1,262 @@
+"""Benchmarks without a server: requests handed to the engine at once, timed until all are answered.
+
+`vllm bench latency` (one batch, several times) and `vllm bench throughput` (many requests, once) on
+each engine, one process each. latency-GPU.json and throughput-GPU.json hold a `Row` each.
+"""
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from cast_serve.bench import environment
+from cast_serve.bench.paths import RESULTS
+from cast_serve.bench.report import print_environment
+from cast_serve.bench.result_file import ResultFile, positive, read
+from cast_serve.bench.serving.arguments import refuse_forced_kernel
+from cast_serve.bench.serving.engines import BASELINE, Engine, common_flags, find_engines
+from cast_serve.bench.serving.models import find_served_model
+from cast_serve.bench.serving.server import ServerError, Startup, end, tail
+
+# An engine's start and the longest job; on a CPU minutes.
+JOB_SECONDS = 3600
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What one process measures.
+
+    Attributes:
+        benchmark: latency or throughput.
+        requests: handed over at once.
+        flags: of `vllm bench`, beside those that every job is given.
+    """
+
+    benchmark: str
+    requests: int
+    input_len: int
+    output_len: int
+    flags: tuple[str, ...]
+
+    def command_flags(self, result: Path) -> list[str]:
+        lengths = ["--input-len", str(self.input_len), "--output-len", str(self.output_len)]
+        return [*lengths, *self.flags, "--output-json", str(result)]
+
+    def seconds(self, result: dict[str, Any]) -> list[float]:
+        """From the JSON that `vllm bench` saves: seconds until all requests were answered."""
+        if self.benchmark == "latency":
+            return result["latencies"]
+        return [result["elapsed_time"]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A job on an engine.
+
+    Attributes:
+        iterations: how often it was timed; `seconds` is the median, `spread_s` largest less least.
+        output_tokens_per_s: of all requests.
+        weights_gib, kv_tokens: as in serving/results.py.
+    """
+
+    engine: str
+    model: str
+    requests: int
+    input_len: int
+    output_len: int
+    iterations: int
+    seconds: float
+    spread_s: float
+    output_tokens_per_s: float
+    weights_gib: float | None
+    kv_tokens: int
+    flags: str
+    run: str
+
+    @property
+    def key(self) -> tuple[str, str, int, int, int, str]:
+        lengths = (self.requests, self.input_len, self.output_len)
+        return (self.engine, self.model, *lengths, self.flags)
+
+
+def add_lengths(
+    parser: argparse.ArgumentParser, *, requests: str, input_len: int, output_len: int
+) -> None:
+    """The arguments --requests, --input-len and --output-len."""
+    parser.add_argument(
+        "--requests", default=requests, metavar="1,8", help="at once; an engine start for each"
+    )
+    parser.add_argument("--input-len", type=int, default=input_len, metavar="TOKENS")
+    parser.add_argument("--output-len", type=int, default=output_len, metavar="TOKENS")
+
+
+def counts(given: str) -> list[int]:
+    """Numbers from "1,8".
+
+    Raises:
+        ValueError: something else.
+    """
+    numbers = given.split(",")
+    if not all(number.isdecimal() and int(number) for number in numbers):
+        raise ValueError(f"--requests {given}: needs numbers from 1 on, such as 1,8")
+    return [int(number) for number in numbers]
+
+
+def run(given: argparse.Namespace, jobs: Sequence[Job], flags: Sequence[str]) -> int:
+    """Measure `jobs` on the engines of the command line `given`; print and write everything.
+
+    Returns:
+        Exit status: 0 measured, 1 a job failed, 2 cannot run as asked.
+    """
+    console = Console(width=160, highlight=False)
+    benchmark = jobs[0].benchmark
+    try:
+        model = find_served_model(given.model)
+        env = environment.describe_in_child(commit=given.commit)
+        on_gpu = environment.on_gpu(env)
+        engines, left_out = find_engines(given.engines, on_gpu=on_gpu)
+        refuse_forced_kernel(on_gpu=on_gpu)
+    except ValueError as error:
+        print(f"bench_{benchmark}: {error}", file=sys.stderr)
+        return 2
+    # The engine is ended on the way out, which the default action for SIGTERM does not do.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    logs = given.logs or Path(tempfile.mkdtemp(prefix="cast-bench-"))
+    print_environment(env, console)
+    console.print(f"logs         {logs}", markup=False)
+    for name, reason in left_out.items():
+        console.print(f"{name} is left out: {reason}")
+    path = given.out / f"{benchmark}-{environment.slug(env['gpu'])}.json"
+    results = load_or_empty(path if path.exists() else RESULTS / path.name)
+    every = [*common_flags(model, on_gpu=on_gpu), *flags]
+    failed: dict[str, str] = {}
+    rows: list[Row] = []
+    for engine in engines:
+        folder = engine.write_model(model, logs / "models")
+        for job in jobs:
+            name = f"{engine.name}-{job.requests}"
+            try:
+                seconds, startup = measure(engine, folder, job, every, logs / name)
+            except ServerError as error:
+                failed[name] = str(error).partition("\n")[0]
+                print(f"bench_{benchmark}: {name}: {error}", file=sys.stderr, flush=True)
+                continue
+            row = Row(
+                engine=engine.name,
+                model=model.name,
+                requests=job.requests,
+                input_len=job.input_len,
+                output_len=job.output_len,
+                iterations=len(seconds),
+                seconds=statistics.median(seconds),
+                spread_s=max(seconds) - min(seconds),
+                output_tokens_per_s=job.requests * job.output_len / statistics.median(seconds),
+                weights_gib=startup.weights_gib,
+                kv_tokens=startup.kv_tokens,
+                flags=" ".join(flags),
+                run=env["run"],
+            )
+            rows.append(row)
+            results = results.merge(env, [row])
+            results.save(path)
+            console.print(f"{name}: {row.seconds:.3f} s, {row.output_tokens_per_s:.1f} tokens/s")
+    if rows:
+        print_rows(rows, f"{benchmark} of {model.name} on {env['gpu']}", console)
+    summary = {
+        "gpu": env["gpu"],
+        "commit": env["commit"],
+        "speedup": {
+            f"{row.engine} {row.requests}": round(ratio, 3)
+            for row in rows
+            if (ratio := speedup(row, rows)) is not None
+        },
+        "left_out": left_out | failed,
+        "files": [str(path)] if rows else [],
+    }
+    print(json.dumps(summary))
+    return 1 if failed else 0
+
+
+def measure(
+    engine: Engine, model: Path, job: Job, flags: Sequence[str], logs: Path
+) -> tuple[list[float], Startup]:
+    """Run one job in a process of its own; seconds until all requests were answered.
+
+    Raises:
+        ServerError: it ended without a result, or took too long; with the end of its log.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    result, log = logs / "result.json", logs / "log"
+    result.unlink(missing_ok=True)
+    command = engine.offline_command(job.benchmark, model, [*flags, *job.command_flags(result)])
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )
+    try:
+        status = process.wait(JOB_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise ServerError(f"not over after {JOB_SECONDS} s; see {log}") from error
+    finally:
+        end(process)
+    said = log.read_text(errors="replace")
+    if status != 0 or not result.exists():
+        raise ServerError(f"ended with status {status}; {log} ends:\n{tail(said)}")
+    return job.seconds(json.loads(result.read_text())), Startup.of(said)
+
+
+def load_or_empty(path: Path) -> ResultFile[Row]:
+    return read(path, Row, _fault) if path.exists() else ResultFile()
+
+
+def speedup(row: Row, rows: Sequence[Row]) -> float | None:
+    """Seconds of the baseline / seconds of `row`; None for the baseline, or without one."""
+    for other in rows:
+        if other.key == (BASELINE, *row.key[1:]) and other is not row:
+            return other.seconds / row.seconds
+    return None
+
+
+def print_rows(rows: Sequence[Row], title: str, console: Console) -> None:
+    """A line an engine and number of requests; in brackets how much faster than dense bf16."""
+    table = Table(title=f"{title}: median ± spread (x dense-bf16)")
+    for column in ("requests", "in", "out", "engine", "seconds", "output tokens/s", "weights GiB"):
+        table.add_column(column, justify="left" if column == "engine" else "right")
+    table.add_column("KV tokens", justify="right")
+    for requests in dict.fromkeys(row.requests for row in rows):
+        for row in rows:
+            if row.requests != requests:
+                continue
+            ratio = speedup(row, rows)
+            table.add_row(
+                str(row.requests),
+                str(row.input_len),
+                str(row.output_len),
+                row.engine,
+                f"{row.seconds:.3f} ± {row.spread_s:.3f}",
+                f"{row.output_tokens_per_s:.0f}" + (f" ({ratio:.2f})" if ratio else ""),
+                "-" if row.weights_gib is None else f"{row.weights_gib:.2f}",
+                f"{row.kv_tokens:,}",
+            )
+        table.add_section()
+    console.print(table)
+
+
+def _fault(row: Row) -> str | None:
+    numbers = (row.seconds, row.output_tokens_per_s, row.kv_tokens, row.requests)
+    return None if positive(*numbers) else "times, rates and sizes must be numbers above zero"

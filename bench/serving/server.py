@@ -1,0 +1,160 @@
+"""A server as a process: started, waited for, read for what it says of itself, and ended."""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import psutil
+
+# Loading, compiling and capturing graphs takes 40-90 s on an H100.
+START_SECONDS = 300
+STOP_SECONDS = 60
+POLL_SECONDS = 0.5
+TAIL_LINES = 30
+
+_WEIGHTS = re.compile(r"Model loading took ([\d.]+) GiB(?: memory)? and ([\d.]+) seconds")
+# "GPU KV cache size" in vLLM 0.26; the pool's device, and a host's part, since.
+_CACHE = re.compile(r"KV cache size: ([\d,]+) tokens")
+
+
+class ServerError(RuntimeError):
+    """A server that does not start, or a benchmark process that ends before it is done."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Startup:
+    """What a server's log says about its memory.
+
+    Attributes:
+        weights_gib: of one rank, after loading; None where vLLM does not log it (CPU).
+        load_s: seconds that loading took, likewise.
+        kv_tokens: that the KV cache holds.
+    """
+
+    weights_gib: float | None
+    load_s: float | None
+    kv_tokens: int
+
+    @classmethod
+    def of(cls, log: str) -> "Startup":
+        """From the log of vLLM 0.26 to 0.32.
+
+        Raises:
+            ServerError: it does not say how large the KV cache is.
+        """
+        cache, weights = _CACHE.search(log), _WEIGHTS.search(log)
+        if cache is None:
+            raise ServerError(f"the log does not say how large the KV cache is:\n{tail(log)}")
+        return cls(
+            weights_gib=float(weights[1]) if weights else None,
+            load_s=float(weights[2]) if weights else None,
+            kv_tokens=int(cache[1].replace(",", "")),
+        )
+
+
+def tail(log: str) -> str:
+    """The end of a log, for an error message."""
+    return "\n".join(log.rstrip().splitlines()[-TAIL_LINES:])
+
+
+class Server:
+    """A running server; leaving its context ends it and every process that it started.
+
+    Attributes:
+        url: where it answers.
+        startup: what its log said; set once it serves.
+        start_s: seconds from its start until it answered /health.
+    """
+
+    def __init__(self, command: Sequence[str], log: Path) -> None:
+        """Start Python with the arguments `command` and those of a free port; see `wait`."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = log
+        self.started = time.monotonic()
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("w") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, *command, "--host", "127.0.0.1", "--port", str(port)],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                # Ctrl-C is this process's, which then ends the server in order.
+                start_new_session=True,
+                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        end(self.process)
+
+    def wait(self, seconds: float = START_SECONDS) -> None:
+        """Return once it serves.
+
+        Raises:
+            ServerError: it ended, or `seconds` have passed; with the end of its log.
+        """
+        while not self._is_healthy():
+            if self.process.poll() is not None:
+                raise self._failure(f"the server ended with status {self.process.returncode}")
+            if time.monotonic() - self.started > seconds:
+                raise self._failure(f"the server was not up after {seconds:.0f} s")
+            time.sleep(POLL_SECONDS)
+        self.start_s = time.monotonic() - self.started
+        self.startup = Startup.of(self.log.read_text(errors="replace"))
+
+    def _is_healthy(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:
+                return answer.status == 200
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def _failure(self, what: str) -> ServerError:
+        return ServerError(
+            f"{what}; {self.log} ends:\n{tail(self.log.read_text(errors='replace'))}"
+        )
+
+
+def end(process: subprocess.Popen, seconds: float = STOP_SECONDS) -> None:
+    """SIGTERM, and after `seconds` SIGKILL; returns when its whole family is gone.
+
+    Only then is a GPU's memory free for the next engine. Not by process group alone: the server
+    that cast-serve starts has one of its own.
+    """
+    family = []
+    # Gone already where it failed; what it left behind is in its process group.
+    with contextlib.suppress(psutil.NoSuchProcess):
+        root = psutil.Process(process.pid)
+        family = [root, *root.children(recursive=True)]
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+    _, left = psutil.wait_procs(family, timeout=5)
+    for member in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    psutil.wait_procs(left, timeout=seconds)
+    process.wait()

@@ -1,0 +1,91 @@
+"""vllm bench latency and throughput: what is asked for, and what is read."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cast_serve.bench import bench_latency, bench_throughput
+from cast_serve.bench.serving.arguments import refuse_forced_kernel, split_flags
+from cast_serve.bench.serving.engines import find_engines
+from cast_serve.bench.serving.offline import Job, Row, counts, load_or_empty, speedup
+
+
+def make_row(engine: str, seconds: float, flags: str = "") -> Row:
+    return Row(
+        engine=engine,
+        model="tiny",
+        requests=4,
+        input_len=64,
+        output_len=32,
+        iterations=3,
+        seconds=seconds,
+        spread_s=0.1,
+        output_tokens_per_s=128 / seconds,
+        weights_gib=None,
+        kv_tokens=1048576,
+        flags=flags,
+        run="one",
+    )
+
+
+def test_seconds() -> None:
+    """The files' keys as vLLM 0.26 and 0.32 write them."""
+    options = {"requests": 4, "input_len": 64, "output_len": 32, "flags": ()}
+    latency = {"avg_latency": 0.07, "latencies": [0.068, 0.07], "percentiles": {"50": 0.07}}
+    assert Job(benchmark="latency", **options).seconds(latency) == [0.068, 0.07]
+    throughput = {"elapsed_time": 0.5, "num_requests": 4, "tokens_per_second": 768.0}
+    assert Job(benchmark="throughput", **options).seconds(throughput) == [0.5]
+
+
+def test_speedup() -> None:
+    dense, sparse = make_row("dense-bf16", 1.0), make_row("sparse-bf16", 0.8)
+    assert speedup(sparse, [dense, sparse]) == 1.25
+    assert speedup(dense, [dense, sparse]) is None
+    assert speedup(make_row("sparse-bf16", 0.8, "--enforce-eager"), [dense]) is None
+
+
+def test_results(tmp_path: Path) -> None:
+    path = tmp_path / "latency-cpu.json"
+    results = load_or_empty(path).merge({"run": "one"}, [make_row("dense-bf16", 1.0)])
+    results.save(path)
+    assert load_or_empty(path) == results
+    assert json.loads(path.read_text())["rows"][0]["seconds"] == 1.0
+
+
+def test_counts() -> None:
+    assert counts("1,64") == [1, 64]
+    with pytest.raises(ValueError, match="--requests 1,: needs numbers from 1 on"):
+        counts("1,")
+
+
+@pytest.mark.parametrize("program", [bench_latency, bench_throughput])
+def test_refuses(program, capsys: pytest.CaptureFixture[str]) -> None:
+    assert program.main(["--requests", "0"]) == 2
+    assert "--requests 0: needs numbers from 1 on" in capsys.readouterr().err
+    assert program.main(["--engines", "sparse-int8"]) == 2
+    assert "no engine 'sparse-int8'; there is dense-bf16, " in capsys.readouterr().err
+
+
+def test_fp8_is_for_gpus() -> None:
+    names = "dense-bf16,dense-fp8"
+    engines, out = find_engines(names, on_gpu=False)
+    assert [engine.name for engine in engines] == ["dense-bf16"]
+    assert out == {"dense-fp8": "vLLM quantizes to FP8 on GPUs only"}
+    engines, out = find_engines(names, on_gpu=True)
+    assert engines[1].flags == ("--quantization", "fp8") and not out
+
+
+def test_forced_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAST_SERVE_KERNEL", "reference")
+    refuse_forced_kernel(on_gpu=False)
+    with pytest.raises(ValueError, match="CAST_SERVE_KERNEL=reference is set and would be"):
+        refuse_forced_kernel(on_gpu=True)
+
+
+def test_split_flags() -> None:
+    assert split_flags(["--out", "d", "--", "-O0", "--", "x"]) == (
+        ["--out", "d"],
+        ("-O0", "--", "x"),
+    )
+    assert split_flags(["--out", "d"]) == (["--out", "d"], ())
