@@ -10,6 +10,7 @@ COMMANDS = {
     "linear": "kernels against cuBLAS, layer by layer",
     "latency": "a batch without a server, dense vLLM and cast-serve",
     "throughput": "many requests without a server, dense vLLM and cast-serve",
+    "load": "what loading takes, dense vLLM and cast-serve",
     "serve": "the OpenAI-compatible server, dense vLLM and cast-serve",
 }
 
@@ -19,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser(
         prog="cast-bench",
-        usage="cast-bench {linear,latency,throughput,serve} [options]",
+        usage="cast-bench NAME [options]",
         description="Benchmarks of kernels and of serving; `cast-bench NAME --help` for one.",
         epilog="\n".join(f"{name:12} {what}" for name, what in COMMANDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -70,14 +70,16 @@ def find_engines(names: str, *, on_gpu: bool) -> tuple[tuple[Engine, ...], dict[
     return tuple(known[name] for name in chosen if name not in out), out
 
 
-def common_flags(model: ServedModel, *, on_gpu: bool) -> tuple[str, ...]:
+def common_flags(model: ServedModel, *, on_gpu: bool, dummy: bool = True) -> tuple[str, ...]:
     """What every engine is given, online and offline.
 
     No prefix caching: warm-ups and repeats would otherwise find their prompts computed.
+
+    Args:
+        dummy: model folders have no weights; the engine makes random ones.
     """
     flags = (
-        "--load-format",
-        "dummy",
+        *(("--load-format", "dummy") if dummy else ()),
         "--max-model-len",
         str(model.max_model_len),
         "--no-enable-prefix-caching",

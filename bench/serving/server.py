@@ -24,6 +24,8 @@ STOP_SECONDS = 60
 POLL_SECONDS = 0.5
 TAIL_LINES = 30
 
+# Reading alone; the only line where the runner is a CPU's.
+_READING = re.compile(r"Loading weights took ([\d.]+) seconds")
 _WEIGHTS = re.compile(r"Model loading took ([\d.]+) GiB(?: memory)? and ([\d.]+) seconds")
 # "GPU KV cache size" in vLLM 0.26; the pool's device, and a host's part, since.
 _CACHE = re.compile(r"KV cache size: ([\d,]+) tokens")
@@ -39,7 +41,7 @@ class Startup:
 
     Attributes:
         weights_gib: of one rank, after loading; None where vLLM does not log it (CPU).
-        load_s: seconds that loading took, likewise.
+        load_s: seconds that loading took; on a CPU that reading took; None with neither.
         kv_tokens: that the KV cache holds.
     """
 
@@ -55,11 +57,12 @@ class Startup:
             ServerError: it does not say how large the KV cache is.
         """
         cache, weights = _CACHE.search(log), _WEIGHTS.search(log)
+        loading = weights[2] if weights else (_READING.search(log) or [None, None])[1]
         if cache is None:
             raise ServerError(f"the log does not say how large the KV cache is:\n{tail(log)}")
         return cls(
             weights_gib=float(weights[1]) if weights else None,
-            load_s=float(weights[2]) if weights else None,
+            load_s=float(loading) if loading else None,
             kv_tokens=int(cache[1].replace(",", "")),
         )
 
@@ -123,6 +126,15 @@ class Server:
         self.start_s = time.monotonic() - self.started
         self.startup = Startup.of(self.log.read_text(errors="replace"))
 
+    def host_gib(self) -> float:
+        """Largest resident set that a process of the server has had, in GiB.
+
+        VmHWM of proc(5): pages of mapped files count, though the system may take them back.
+        """
+        process = psutil.Process(self.process.pid)
+        family = (process, *process.children(recursive=True))
+        return max(_peak_kib(member.pid) for member in family) / 2**20
+
     def _is_healthy(self) -> bool:
         try:
             with urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:
@@ -134,6 +146,15 @@ class Server:
         return ServerError(
             f"{what}; {self.log} ends:\n{tail(self.log.read_text(errors='replace'))}"
         )
+
+
+def _peak_kib(pid: int) -> int:
+    with contextlib.suppress(FileNotFoundError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1])
+    # Gone, or a zombie.
+    return 0
 
 
 def end(process: subprocess.Popen, seconds: float = STOP_SECONDS) -> None:

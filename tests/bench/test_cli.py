@@ -15,6 +15,7 @@ from cast_serve.bench.paths import ROOT
         ("linear", "--all-kernels"),
         ("latency", "--iterations"),
         ("throughput", "--requests"),
+        ("load", "--checkpoints"),
         ("serve", "--workloads"),
     ],
 )

@@ -40,6 +40,22 @@ def test_startup_on_gpu() -> None:
     assert Startup.of(GPU_LOG) == Startup(weights_gib=14.99, load_s=2.345678, kv_tokens=444096)
 
 
+def test_startup_of_files_on_cpu() -> None:
+    """Reading is logged where files are read."""
+    read = GPU_LOG.splitlines()[0] + "\n" + CPU_LOG
+    assert Startup.of(read) == Startup(weights_gib=None, load_s=1.2, kv_tokens=1048576)
+
+
+def test_host_gib(tmp_path: Path) -> None:
+    """Of the largest process, a child here, which holds half a GiB."""
+    child = "import sys, time; held = bytearray(1 << 29); print(1, flush=True); time.sleep(60)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    with Server(["-c", parent], tmp_path / "log") as server:
+        while not (tmp_path / "log").read_text():
+            time.sleep(0.1)
+        assert 0.5 < server.host_gib() < 0.6
+
+
 def test_startup_refuses_other_logs() -> None:
     with pytest.raises(ServerError, match=r"how large the KV cache is:\nINFO: started"):
         Startup.of("INFO: started\n")

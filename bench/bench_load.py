@@ -1,0 +1,232 @@
+"""How long does loading take, and what does it leave in memory, dense and 2:4?
+
+    python -m bench.bench_load                                         Llama-3.1-8B; five minutes
+    python -m bench.bench_load --model tiny                            on a CPU, a minute
+    python -m bench.bench_load --checkpoints DIR -- --tensor-parallel-size 2
+
+Method    Writes a random 2:4 checkpoint packed and dense (26 GB for Llama-3.1-8B), unless
+          --checkpoints has it, and starts each engine on it --repeats times. The first start is
+          not counted: it reads the disk, and compiles kernels; the others find the files in the
+          page cache.
+Roof      Bytes read: a packed checkpoint of Llama-3.1-8B has 0.62 of the dense one's.
+Writes    load-GPU.json under --out. The last line on stdout is one JSON object.
+"""
+
+import argparse
+import json
+import signal
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from cast_serve.bench import environment
+from cast_serve.bench.paths import RESULTS
+from cast_serve.bench.report import print_environment
+from cast_serve.bench.result_file import ResultFile, positive, read
+from cast_serve.bench.serving.arguments import (
+    add_common_arguments,
+    refuse_forced_kernel,
+    split_flags,
+)
+from cast_serve.bench.serving.engines import BASELINE, Engine, common_flags, find_engines
+from cast_serve.bench.serving.models import ServedModel, find_served_model
+from cast_serve.bench.serving.server import Server, ServerError
+from cast_serve.bench.serving.weights import write_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """Loading on an engine.
+
+    Attributes:
+        load_s: median over the repeats of what vLLM logs as loading; `spread_s` largest less least.
+        start_s: median from the start of the process until it answers, without graphs.
+        weights_gib: of one rank; None on a CPU, where vLLM does not log it.
+        host_gib: largest resident set of a process, pages of the checkpoint's files included.
+        checkpoint_gib: of the safetensors on disk.
+    """
+
+    engine: str
+    model: str
+    repeats: int
+    load_s: float
+    spread_s: float
+    start_s: float
+    weights_gib: float | None
+    kv_tokens: int
+    host_gib: float
+    checkpoint_gib: float
+    flags: str
+    run: str
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return (self.engine, self.model, self.flags)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 measured, 1 an engine failed, 2 cannot run as asked."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    console = Console(width=160, highlight=False)
+    own, flags = split_flags(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(
+        prog="cast-bench load",
+        description="Time the loading of real files, dense vLLM and cast-serve.",
+        epilog="Flags after -- go to every server",
+    )
+    add_common_arguments(parser)
+    parser.set_defaults(engines="dense-bf16,sparse-bf16")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="counted starts")
+    parser.add_argument("--checkpoints", type=Path, metavar="DIR", help="default: under --logs")
+    given = parser.parse_args(own)
+    try:
+        if given.repeats < 1:
+            raise ValueError(f"--repeats {given.repeats}: needs 1 or more")
+        model = find_served_model(given.model)
+        env = environment.describe_in_child(commit=given.commit)
+        engines, left_out = find_engines(given.engines, on_gpu=environment.on_gpu(env))
+        refuse_forced_kernel(on_gpu=environment.on_gpu(env))
+    except ValueError as error:
+        print(f"bench_load: {error}", file=sys.stderr)
+        return 2
+    logs = given.logs or Path(tempfile.mkdtemp(prefix="cast-bench-"))
+    print_environment(env, console)
+    console.print(f"logs         {logs}", markup=False)
+    path = given.out / f"load-{environment.slug(env['gpu'])}.json"
+    results = load_or_empty(path if path.exists() else RESULTS / path.name)
+    rows: list[Row] = []
+    failed: dict[str, str] = {}
+    for engine in engines:
+        folder = checkpoint(engine, model, given.checkpoints or logs / "checkpoints")
+        try:
+            row = measure(engine, model, folder, given.repeats, flags, env, logs)
+        except ServerError as error:
+            failed[engine.name] = str(error).partition("\n")[0]
+            print(f"bench_load: {engine.name}: {error}", file=sys.stderr, flush=True)
+            continue
+        rows.append(row)
+        results = results.merge(env, [row])
+        results.save(path)
+    if rows:
+        print_rows(rows, f"Loading {model.name} on {env['gpu']}", console)
+    baseline = next((row for row in rows if row.engine == BASELINE), None)
+    summary = {
+        "gpu": env["gpu"],
+        "commit": env["commit"],
+        "of_dense": {row.engine: of_dense(row, baseline) for row in rows if baseline},
+        "left_out": left_out | failed,
+        "files": [str(path)] if rows else [],
+    }
+    print(json.dumps(summary))
+    return 1 if failed else 0
+
+
+def checkpoint(engine: Engine, model: ServedModel, folder: Path) -> Path:
+    """The folder of `engine` under `folder`, its weights written where they are not there yet."""
+    path = engine.write_model(model, folder)
+    if not any(path.glob("*.safetensors")):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        write_weights(model, path, sparse=engine.sparse, device=device)
+        # This process would take the memory from the servers.
+        torch.cuda.empty_cache()
+    return path
+
+
+def measure(
+    engine: Engine,
+    model: ServedModel,
+    folder: Path,
+    repeats: int,
+    flags: Sequence[str],
+    env: dict[str, Any],
+    logs: Path,
+) -> Row:
+    """Start `engine` once and then `repeats` times.
+
+    Raises:
+        ServerError: it did not start; with the end of its log.
+    """
+    given = common_flags(model, on_gpu=environment.on_gpu(env), dummy=False)
+    command = engine.serve_command(folder, [*given, "--enforce-eager", *flags])
+    starts = []
+    for number in range(repeats + 1):
+        with Server(command, logs / engine.name / f"server-{number}.log") as server:
+            server.wait()
+            starts.append((server.startup, server.start_s, server.host_gib()))
+    loads = [startup.load_s for startup, *_ in starts[1:] if startup.load_s is not None]
+    if not loads:
+        raise ServerError(f"the log does not say how long loading took: {logs / engine.name}")
+    startup = starts[-1][0]
+    return Row(
+        engine=engine.name,
+        model=model.name,
+        repeats=repeats,
+        load_s=statistics.median(loads),
+        spread_s=max(loads) - min(loads),
+        start_s=statistics.median(seconds for _, seconds, _ in starts[1:]),
+        weights_gib=startup.weights_gib,
+        kv_tokens=startup.kv_tokens,
+        host_gib=max(host for *_, host in starts[1:]),
+        checkpoint_gib=sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 2**30,
+        flags=" ".join(flags),
+        run=env["run"],
+    )
+
+
+def of_dense(row: Row, dense: Row) -> dict[str, float]:
+    """A row's numbers over those of stock vLLM on the dense checkpoint."""
+    ratios = {
+        "load_s": row.load_s / dense.load_s,
+        "kv_tokens": row.kv_tokens / dense.kv_tokens,
+        "host_gib": row.host_gib / dense.host_gib,
+        "checkpoint_gib": row.checkpoint_gib / dense.checkpoint_gib,
+    }
+    if row.weights_gib and dense.weights_gib:
+        ratios["weights_gib"] = row.weights_gib / dense.weights_gib
+    return {name: round(ratio, 3) for name, ratio in ratios.items()}
+
+
+def print_rows(rows: Sequence[Row], title: str, console: Console) -> None:
+    table = Table(title=title)
+    for column in (
+        "engine",
+        "load s",
+        "start s",
+        "weights GiB",
+        "KV tokens",
+        "host GiB",
+        "disk GiB",
+    ):
+        table.add_column(column, justify="left" if column == "engine" else "right")
+    for row in rows:
+        table.add_row(
+            row.engine,
+            f"{row.load_s:.2f} ± {row.spread_s:.2f}",
+            f"{row.start_s:.0f}",
+            "-" if row.weights_gib is None else f"{row.weights_gib:.2f}",
+            f"{row.kv_tokens:,}",
+            f"{row.host_gib:.2f}",
+            f"{row.checkpoint_gib:.2f}",
+        )
+    console.print(table)
+
+
+def load_or_empty(path: Path) -> ResultFile[Row]:
+    return read(path, Row, _fault) if path.exists() else ResultFile()
+
+
+def _fault(row: Row) -> str | None:
+    numbers = (row.load_s, row.start_s, row.kv_tokens, row.host_gib, row.checkpoint_gib)
+    return None if positive(*numbers) else "times and sizes must be numbers above zero"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
