@@ -1,12 +1,12 @@
 """What vLLM users turn on: tensor parallelism, LoRA and torch.compile, against stock vLLM."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from engine_process import Engine
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from cast_serve.model_loaders.convert import convert
@@ -23,51 +23,48 @@ def packed(stored, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def parallel_engine(tmp_path_factory) -> Iterator[Engine]:
-    """With the workers of a server: tensor parallelism needs a process a rank."""
-    log = tmp_path_factory.mktemp("parallel") / "stderr"
-    running = Engine(log, {"VLLM_CPU_OMP_THREADS_BIND": "0|1"})
-    yield running
-    running.close()
-
-
-def test_tensor_parallel(parallel_engine, stored, packed):
-    options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-    stock = parallel_engine(stored("llama"), **options)
-    parallel_engine(packed, **options).assert_equals(stock)
-
-
-def test_shards_equal_slices(stored, packed, tmp_path):
-    """What each of two ranks holds, beside what one rank alone does."""
+def test_tensor_parallel(engine, stored, packed, tmp_path):
+    """The 2:4 layers stay packed; each of two ranks holds slices of what the checkpoint has."""
     environment = {
         "CAST_SERVE_KERNEL": "reference",
+        # The workers of a server: tensor parallelism needs a process a rank.
         "VLLM_CPU_OMP_THREADS_BIND": "0|1",
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
     }
-    answers, holds = [], []
-    for ranks, threads in ((1, "0"), (2, "0|1")):
-        folder = tmp_path / str(ranks)
-        folder.mkdir()
-        environment["VLLM_CPU_OMP_THREADS_BIND"] = threads
-        running = Engine(folder / "stderr", environment)
-        options = {"tensor_parallel_size": ranks, "distributed_executor_backend": "mp"}
-        answers.append(running(packed, held=str(folder), dtype="float32", **options))
-        running.close()
-        holds.append([torch.load(folder / f"{rank}.pt") for rank in range(ranks)])
-    answers[1].assert_equals(answers[0])
-    (whole,), shards = holds
-    assert len(whole) == 2 * 4 * 2  # blocks, layers a block, values and bitmask
-    for name, tensor in whole.items():
-        pieces = [shard[name] for shard in shards]
-        if "o_proj" in name or "down_proj" in name:
-            assert torch.equal(torch.cat(pieces, dim=1), tensor)
-            continue
-        # Rows of a fused layer: each rank has its half of every part.
-        parts = (128, 64, 64) if "qkv_proj" in name else (256, 256)
-        halves = [piece.split([part // 2 for part in parts]) for piece in pieces]
-        for part, *of_ranks in zip(tensor.split(parts), *halves, strict=True):
-            assert torch.equal(torch.cat(of_ranks), part)
+    parallel = Engine(tmp_path / "stderr", environment)
+    answer = parallel(
+        packed,
+        dtype="float32",
+        tensor_parallel_size=2,
+        distributed_executor_backend="mp",
+        held=str(tmp_path),
+    )
+    parallel.close()
+    answer.assert_equals(engine(stored("llama"), dtype="float32"))
+    checkpoint = load_file(packed / "model.safetensors")
+    of_ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    assert of_ranks[0].keys() == of_ranks[1].keys() and len(of_ranks[0]) == 2 * 4 * 2
+    for name in of_ranks[0]:
+        slices = [rank[name] for rank in of_ranks]
+        for part, expected in whole_parts(checkpoint, name).items():
+            # The ranks cut rows, but columns of what takes the rank's own outputs as inputs.
+            dim = int(part in ("o_proj", "down_proj"))
+            shares = [held.narrow(0, 0, expected.shape[0] // (2 - dim)) for held in slices]
+            assert torch.equal(torch.cat(shares, dim=dim), expected.to(shares[0].dtype))
+            slices = [held[len(share) :] for held, share in zip(slices, shares, strict=True)]
+        assert all(len(held) == 0 for held in slices)
+
+
+def whole_parts(checkpoint: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+    """What the checkpoint has of a layer's parameter, by part in the order of their rows."""
+    layer, _, parameter = name.rpartition(".")
+    block, _, fused = layer.rpartition(".")
+    parts = {
+        "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+        "gate_up_proj": ("gate_proj", "up_proj"),
+    }.get(fused, (fused,))
+    stored = {"weight_packed": "compressed", "metadata_0": "bitmask"}[parameter]
+    return {part: checkpoint[f"{block}.{part}.{stored}"] for part in parts}
 
 
 def test_lora(engine, stored, oracle, packed, tmp_path):

@@ -69,6 +69,8 @@ class Server:
 
     def stop(self, number: signal.Signals) -> int:
         """Exit status after a signal: SIGTERM as from systemd, SIGINT as a terminal sends it."""
+        if self.process.poll() is not None:
+            return self.process.returncode
         if number == signal.SIGINT:
             os.killpg(self.process.pid, number)
         else:
@@ -130,18 +132,21 @@ def test_report(server):
     assert re.search(r"^KV cache +\d\.\d GiB on each rank", report, re.MULTILINE)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stop_drains(packed, tmp_path, number):
-    """The stream in flight ends by itself, and then the server."""
+def test_ctrl_c_drains(packed, tmp_path):
     server = Server(packed, tmp_path / "log", "--served-model-name", "tiny", "--enforce-eager")
     server.wait_ready()
+    assert_drains(server, signal.SIGINT)
+
+
+def assert_drains(server: Server, number: signal.Signals) -> None:
+    """The stream in flight ends by itself, and then the server."""
     stream = server.client().completions.create(
         model="tiny", prompt="it was", max_tokens=200, stream=True, extra_body={"ignore_eos": True}
     )
     chunks = [next(stream)]
     reader = threading.Thread(target=lambda: chunks.extend(stream))
     reader.start()
-    assert server.stop(signal.SIGTERM) == 0
+    assert server.stop(number) == 0
     reader.join(timeout=10)
     assert chunks[-1].choices[0].finish_reason == "length"
     assert "Traceback" not in server.log.read_text()
@@ -264,3 +269,8 @@ def test_curl_line_fits_flags(changed, expected):
     line = curl_line(argparse.Namespace(**{**flags, **changed}))
     assert expected in line
     assert "secret" not in line
+
+
+def test_sigterm_drains(server):
+    """The last test of this file: it ends the server that the others share."""
+    assert_drains(server, signal.SIGTERM)
