@@ -1,11 +1,11 @@
-# make serve | test | gpu-test | bench | bench-serve | lint     The first call creates .venv; PYTHON=python3.12 chooses the Python.
+# make serve | test | test-slow | gpu-test | bench | bench-serve | lint     The first call creates .venv; PYTHON=python3.12 chooses the Python.
 MODEL ?= examples/tiny-llama-2of4
 PORT ?= 8000
 SERVE_FLAGS ?=
 TEST_FLAGS ?=
 BENCH_FLAGS ?=
 
-.PHONY: serve test gpu-test bench bench-serve lint setup
+.PHONY: serve test test-slow gpu-test bench bench-serve lint setup
 
 setup:
 	@scripts/setup.sh
@@ -15,11 +15,14 @@ serve: setup
 
 test: setup
 	@scripts/triton36.sh
-	CAST_SERVE_TRITON_36=$(CURDIR)/.venv/triton-3.6 .venv/bin/python -m pytest $(TEST_FLAGS)
+	CAST_SERVE_TRITON_36=$(CURDIR)/.venv/triton-3.6 .venv/bin/python -m pytest -m "not slow" $(TEST_FLAGS)
+
+test-slow: setup
+	.venv/bin/python -m pytest -m slow $(TEST_FLAGS)
 
 # Without an NVIDIA GPU they skip, and say so.
 gpu-test: setup
-	.venv/bin/python -m pytest -m gpu -rs tests/kernels $(TEST_FLAGS)
+	.venv/bin/python -m pytest -m gpu -rs tests/kernels tests/engine $(TEST_FLAGS)
 
 # Needs an NVIDIA GPU; writes bench/results and the table of kernels/README.md.
 bench: setup

@@ -50,6 +50,8 @@ class CastConfig(QuantizationConfig):
         # Where the weights lie, when that is a folder: errors then name the file.
         self.folder: Path | None = None
         self.warned_mixed = False
+        # Of packed layers, [N, K]: the plan of each shape is logged once a model.
+        self.logged_shapes: set[tuple[int, int]] = set()
 
     # vLLM types method names as a Literal of its own ones.
     def get_name(self) -> str:  # type: ignore[override]

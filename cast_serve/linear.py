@@ -32,6 +32,7 @@ from cast_serve.config import CastConfig, Part
 from cast_serve.envs import forced_kernel
 from cast_serve.kernels.op import REFERENCE_PLAN, linear_2of4
 from cast_serve.kernels.packing import COLUMNS_PER_BYTE, PatternError, keeps_two, pack, unpack
+from cast_serve.kernels.pattern import random_mask
 from cast_serve.kernels.plan import Plan
 from cast_serve.kernels.problem import Problem
 from cast_serve.kernels.registry import REFERENCE
@@ -53,7 +54,7 @@ _QKV = {"q": 0, "k": 1, "v": 2}
 _INLETS = ("weight", "cast_scale", "compressed", "bitmask", "shape")
 _INLET_DTYPES = {"cast_scale": torch.float32, "bitmask": torch.uint8, "shape": torch.int64}
 
-# Columns 0 and 1 of every group: a bitmask for weights that were never read.
+# Columns 0 and 1 of every group: a bitmask of parts that have not been read.
 _ANY_TWO = 0b0011_0011
 
 
@@ -113,7 +114,8 @@ class CastLinearMethod(LinearMethodBase):
         for name in _INLETS:
             dtype = _INLET_DTYPES.get(name, params_dtype)
             shape = (rows, held[name]) if name in held else (0,)
-            data = torch.zeros(shape, dtype=dtype)
+            # Of what is never read, a bitmask is one, and values are finite.
+            data = torch.full(shape, _ANY_TWO if name == "bitmask" else 0, dtype=dtype)
             self.device = data.device
             parameter = ModelWeightParameter(
                 data=data, input_dim=1, output_dim=0, weight_loader=self._loader(name)
@@ -142,7 +144,11 @@ class CastLinearMethod(LinearMethodBase):
             if "weight" in waiting:
                 self._load(waiting, part_id)
         if self.weights_are_dummies and self.sparse:
-            self.inlets["bitmask"].data.fill_(_ANY_TWO)
+            # Random, as a model's: of one pattern alone, kernels would take less power.
+            bitmask = self.inlets["bitmask"].data
+            generator = torch.Generator(bitmask.device).manual_seed(0)
+            rows, columns = len(bitmask), COLUMNS_PER_BYTE * bitmask.shape[1]
+            bitmask.copy_(random_mask(rows, columns, generator))
         elif self.missing and not self.weights_are_dummies:
             raise ValueError(
                 f"{', '.join(sorted(self.missing))}: not in the checkpoint, or not whole"
@@ -186,7 +192,10 @@ class CastLinearMethod(LinearMethodBase):
             logger.warning_once("2:4 layers run dense: there is no 2:4 kernel for this device")
             return None
         rows_of_plan = json.dumps(plan.to_json())
-        logger.info_once("2:4 layers [%d, %d] stay packed: %s", rows, columns, rows_of_plan)
+        # Not info_once: that is once a process, which may load several models.
+        if (rows, columns) not in self.config.logged_shapes:
+            self.config.logged_shapes.add((rows, columns))
+            logger.info("2:4 layers [%d, %d] stay packed: %s", rows, columns, rows_of_plan)
         return plan
 
     def _hold_sparse(self, layer: Module, weight: SparseWeight) -> None:
@@ -269,9 +278,7 @@ class CastLinearMethod(LinearMethodBase):
         if others:
             dense = ", ".join(part.name for part in self._named(part_id))
             self.config.warn_mixed(self.prefix, sparse=", ".join(others), dense=dense)
-        held, bitmask = self.inlets["compressed"].data, self.inlets["bitmask"].data
-        arrived = bitmask.any(1)
-        self._check(held[arrived], bitmask[arrived])
+        self._check(self.inlets["compressed"].data, self.inlets["bitmask"].data)
         self.sparse = False
         # .data, not new parameters: the model's loader holds on to these.
         self.inlets["weight"].data = unpack(
@@ -306,8 +313,8 @@ class CastLinearMethod(LinearMethodBase):
             checkpoint = Checkpoint.open(self.config.folder)
             layers = find_layers(checkpoint)
             for linear in layers.linears:
-                if linear.name in names:
-                    load_linear(checkpoint, layers.scheme.format, linear)
+                if linear.name in names and linear.sparse:
+                    load_linear(checkpoint, layers.scheme.format, linear, dtype=self.dtype)
         raise ValueError(f"{', '.join(sorted(names))}: {reason}")
 
     def _named(self, part_id: PartId) -> tuple[Part, ...]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from cast_serve.bench.serving.server import ServerError, end, tail
+from cast_serve.bench.serving.server import ServerError, end, end_with_parent, tail
 from cast_serve.bench.serving.vllm_command import MODULE
 from cast_serve.bench.serving.workloads import Workload, mixed_lengths, write_mixed
 
@@ -104,6 +104,7 @@ class Client:
                 stderr=errors,
                 text=True,
                 start_new_session=True,
+                preexec_fn=end_with_parent,
                 env={**os.environ, "PYTHONUNBUFFERED": "1"},
             )
 

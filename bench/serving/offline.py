@@ -27,7 +27,7 @@ from cast_serve.bench.result_file import ResultFile, positive, read
 from cast_serve.bench.serving.arguments import refuse_forced_kernel
 from cast_serve.bench.serving.engines import BASELINE, Engine, common_flags, find_engines
 from cast_serve.bench.serving.models import find_served_model
-from cast_serve.bench.serving.server import ServerError, Startup, end, tail
+from cast_serve.bench.serving.server import ServerError, Startup, end, end_with_parent, tail
 
 # An engine's start and the longest job; on a CPU minutes.
 JOB_SECONDS = 3600
@@ -206,6 +206,7 @@ def measure(
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=end_with_parent,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )
     try:

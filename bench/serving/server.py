@@ -1,6 +1,7 @@
 """A server as a process: started, waited for, read for what it says of itself, and ended."""
 
 import contextlib
+import ctypes
 import os
 import re
 import signal
@@ -97,6 +98,7 @@ class Server:
                 stderr=subprocess.STDOUT,
                 # Ctrl-C is this process's, which then ends the server in order.
                 start_new_session=True,
+                preexec_fn=end_with_parent,
                 env={**os.environ, "PYTHONUNBUFFERED": "1"},
             )
 
@@ -171,11 +173,36 @@ def end(process: subprocess.Popen, seconds: float = STOP_SECONDS) -> None:
     process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(seconds)
-    _, left = psutil.wait_procs(family, timeout=5)
-    for member in left:
+    _wait_gone(family, 5)
+    for member in family:
         with contextlib.suppress(psutil.NoSuchProcess):
             member.kill()
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    psutil.wait_procs(left, timeout=seconds)
+    _wait_gone(family, seconds)
     process.wait()
+
+
+def _wait_gone(family: Sequence[psutil.Process], seconds: float) -> None:
+    """Return when none holds memory any more, or after `seconds`.
+
+    Not psutil.wait_procs: in a container whose first process reaps nothing, zombies stay.
+    """
+    end = time.monotonic() + seconds
+    while any(_is_alive(member) for member in family) and time.monotonic() < end:
+        time.sleep(0.05)
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def end_with_parent() -> None:
+    """Ask Linux for SIGTERM should this benchmark be killed: prctl(2), PR_SET_PDEATHSIG.
+
+    In a child before it becomes a server, which would otherwise keep the GPU's memory.
+    """
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)

@@ -2,7 +2,7 @@
 
 vLLM marks what a step runs as execute_context_A(B)_generation_C(D): A requests in prefill with B
 tokens, C in decode with D. A step here lasts from its mark on the GPU to the next one, so sampling
-is part of it.
+is part of it; one without decodes to its last kernel, as the next waits for a client's request.
 """
 
 import gzip
@@ -17,10 +17,10 @@ from typing import Any
 
 # First match wins.
 KINDS = (
+    ("sampling", re.compile(r"argmax|sampl|topk|top_k|_ranks", re.IGNORECASE)),
     ("2:4 linear", re.compile(r"mma_sp|sparse")),
-    ("attention", re.compile(r"flash|fmha|attention|attn|reshape_and_cache|combine")),
+    ("attention", re.compile(r"flash|fmha|attention|attn|reshape_and_cache")),
     ("dense linear", re.compile(r"nvjet|gemm|gemv|cutlass|cublas|splitk|xmma", re.IGNORECASE)),
-    ("sampling", re.compile(r"argmax|sampling|sampler|softmax|topk|top_k|sort", re.IGNORECASE)),
     ("norm, rotary, activation", re.compile(r"triton|norm|rotary|silu|act_and_mul|quant")),
 )
 LM_HEAD, OTHER, IDLE = "lm_head", "other", "GPU idle"
@@ -71,7 +71,10 @@ def breakdown(events: Sequence[dict[str, Any]], *, prefills: int, decodes: int) 
     Raises:
         TraceError: there is none; lists those there are.
     """
-    steps = _steps(events)
+    kernels = sorted(
+        (event for event in events if event.get("cat") in _ON_GPU), key=lambda event: event["ts"]
+    )
+    steps = _steps(events, kernels)
     chosen = [step for step in steps if (step.prefills, step.decodes) == (prefills, decodes)]
     if not chosen:
         found = sorted({f"{step.prefills} + {step.decodes}" for step in steps})
@@ -79,9 +82,6 @@ def breakdown(events: Sequence[dict[str, Any]], *, prefills: int, decodes: int) 
             f"no step with {prefills} requests in prefill and {decodes} in decode; there are "
             f"{', '.join(found) or 'no steps on a GPU'}"
         )
-    kernels = sorted(
-        (event for event in events if event.get("cat") in _ON_GPU), key=lambda event: event["ts"]
-    )
     parts = [_parts(step, kernels) for step in chosen]
     return Breakdown(
         steps=len(chosen),
@@ -95,18 +95,20 @@ def kind(kernel: str) -> str:
     return next((name for name, pattern in KINDS if pattern.search(kernel)), OTHER)
 
 
-def _steps(events: Iterable[dict[str, Any]]) -> list[_Step]:
+def _steps(events: Iterable[dict[str, Any]], kernels: Sequence[dict[str, Any]]) -> list[_Step]:
     marks = sorted(
         (event["ts"], int(found[1]), int(found[2]))
         for event in events
         if event.get("cat") == "gpu_user_annotation"
         and (found := _MARK.fullmatch(event["name"])) is not None
     )
+    steps = []
     # The last one's end is not known.
-    return [
-        _Step(prefills, decodes, begin, end)
-        for (begin, prefills, decodes), (end, *_) in itertools.pairwise(marks)
-    ]
+    for (begin, prefills, decodes), (after, *_) in itertools.pairwise(marks):
+        ends = [one["ts"] + one["dur"] for one in kernels if begin <= one["ts"] < after]
+        end = max(ends, default=after) if decodes == 0 else after
+        steps.append(_Step(prefills, decodes, begin, end))
+    return steps
 
 
 def _parts(step: _Step, kernels: Sequence[dict[str, Any]]) -> dict[str, float]:

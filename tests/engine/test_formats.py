@@ -150,6 +150,24 @@ def test_damaged_packed(engine, stored, tmp_path, damage: Callable[[dict], str])
     assert name in str(raised.value)
 
 
+def test_damaged_beside_dense(engine, stored, tmp_path):
+    """q_proj is dense though nothing says so, k_proj has a row of zeros where its bitmask was."""
+    folder = tmp_path / "mixed"
+    quantization = tiny_models.compressed_tensors_config("sparse-24-bitmask")
+    tiny_models.copy_with_config(stored("llama"), folder, quantization)
+    tiny_models.compress(folder)
+    tensors = load_file(folder / "model.safetensors")
+    attention = "model.layers.0.self_attn"
+    for suffix in ("compressed", "bitmask", "shape"):
+        del tensors[f"{attention}.q_proj.{suffix}"]
+    tensors[f"{attention}.q_proj.weight"] = torch.ones(128, 128, dtype=torch.bfloat16)
+    tensors[f"{attention}.k_proj.bitmask"][3] = 0
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(EngineError) as raised:
+        engine(folder)
+    assert f"{attention}.k_proj.bitmask" in str(raised.value)
+
+
 def test_damaged_dense(engine, stored, tmp_path):
     tiny_models.copy_with_config(
         stored("llama"), tmp_path / "dense", tiny_models.cast_config("dense", ["lm_head"])

@@ -132,6 +132,7 @@ def test_report(server):
     assert re.search(r"^KV cache +\d\.\d GiB on each rank", report, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_ctrl_c_drains(packed, tmp_path):
     server = Server(packed, tmp_path / "log", "--served-model-name", "tiny", "--enforce-eager")
     server.wait_ready()

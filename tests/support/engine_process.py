@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine_worker import SERVING
 
 WORKER = Path(__file__).with_name("engine_worker.py")
 
@@ -91,6 +92,10 @@ class Engine:
 
     def log_since(self, mark: int) -> str:
         return self.log.read_text()[mark:]
+
+    def said_while_serving(self) -> str:
+        """The log of the last checkpoint from where it had started."""
+        return self.log.read_text().rpartition(SERVING)[2]
 
     def close(self) -> None:
         assert self.process.stdin is not None

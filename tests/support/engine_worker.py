@@ -4,6 +4,8 @@ import gc
 import json
 import sys
 
+# On stderr, once the engine has started.
+SERVING = "ENGINE IS SERVING"
 PROMPTS = [[5, 6, 7, 8], [300, 12, 44, 190, 77, 3, 3, 9, 10]]
 
 
@@ -21,6 +23,7 @@ def answer(job: dict) -> dict:
     try:
         if held:
             llm.collective_rpc(save_held, args=(held,))
+        print(SERVING, file=sys.stderr, flush=True)
         for prompts in rounds:
             completions = llm.generate(
                 [{"prompt_token_ids": prompt} for prompt in prompts],

@@ -51,6 +51,7 @@ def test_refuses(arguments: list[str], message: str, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.engine
+@pytest.mark.slow
 def test_run(tmp_path: Path) -> None:
     """On a CPU, with the sparse op itself. One engine, for the time; breakdowns need a GPU.
 
