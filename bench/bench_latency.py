@@ -14,8 +14,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from cast_serve.bench.arguments import numbers
 from cast_serve.bench.serving.arguments import add_common_arguments, split_flags
-from cast_serve.bench.serving.offline import Job, add_lengths, counts, run
+from cast_serve.bench.serving.offline import Job, add_lengths, run
 
 WARMUPS = 2
 
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--iterations", type=int, default=5, metavar="N", help="of each batch")
     given = parser.parse_args(own)
     try:
-        batches = counts(given.requests)
+        batches = numbers("--requests", given.requests)
     except ValueError as error:
         print(f"bench_latency: {error}", file=sys.stderr)
         return 2

@@ -29,9 +29,10 @@ from rich.console import Console
 
 from cast_serve.bench import environment, report
 from cast_serve.bench.accuracy import WrongResult
+from cast_serve.bench.arguments import numbers
 from cast_serve.bench.linear_results import Row, load_or_empty
 from cast_serve.bench.make_table import make_table
-from cast_serve.bench.paths import RESULTS
+from cast_serve.bench.paths import RESULTS, known
 from cast_serve.bench.points import Forced, Rates, measure_layer
 from cast_serve.bench.render import render
 from cast_serve.bench.shapes import MODELS, TOKENS, Model, find_model
@@ -88,7 +89,7 @@ def parse(arguments: Sequence[str] | None) -> Options:
     default = QUICK_TOKENS if given.quick else TOKENS
     return Options(
         models=tuple(find_model(name) for name in given.models.split(",")),
-        tokens=parse_tokens(given.tokens) if given.tokens else default,
+        tokens=tuple(numbers("--tokens", given.tokens)) if given.tokens else default,
         dtype=getattr(torch, given.dtype),
         forced=tuple(Forced.parse(name) for name in chosen),
         budget_ms=20 if given.quick else 60,
@@ -96,18 +97,6 @@ def parse(arguments: Sequence[str] | None) -> Options:
         out=given.out,
         commit=given.commit,
     )
-
-
-def parse_tokens(given: str) -> tuple[int, ...]:
-    """Numbers of tokens from "1,8".
-
-    Raises:
-        ValueError: something else.
-    """
-    tokens = given.split(",")
-    if not all(M.isdecimal() and int(M) for M in tokens):
-        raise ValueError(f"--tokens {given}: needs numbers from 1 on, such as 1,8")
-    return tuple(map(int, tokens))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -145,8 +134,7 @@ def bench(options: Options, device: torch.device, console: Console) -> dict[str,
     }
     report.print_environment(env, console)
     path = options.out / f"linear-{environment.slug(env['gpu'])}.json"
-    # A folder of its own, as --out may be, starts from what the checkout has.
-    results = load_or_empty(path if path.exists() else RESULTS / path.name)
+    results = load_or_empty(known(path))
     measured: list[Row] = []
     for model in options.models:
         rows = measure_model(model, options, device, rates, env["run"], console)

@@ -14,31 +14,26 @@ Writes    load-GPU.json under --out. The last line on stdout is one JSON object.
 
 import argparse
 import json
-import signal
 import statistics
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from cast_serve.bench import environment
-from cast_serve.bench.paths import RESULTS
-from cast_serve.bench.report import print_environment
+from cast_serve.bench.paths import known
 from cast_serve.bench.result_file import ResultFile, positive, read
 from cast_serve.bench.serving.arguments import (
     add_common_arguments,
-    refuse_forced_kernel,
     split_flags,
 )
-from cast_serve.bench.serving.engines import BASELINE, Engine, common_flags, find_engines
+from cast_serve.bench.serving.engines import BASELINE, Engine, common_flags
 from cast_serve.bench.serving.models import ServedModel, find_served_model
 from cast_serve.bench.serving.server import Server, ServerError
+from cast_serve.bench.serving.setting import Setting
 from cast_serve.bench.serving.weights import write_weights
 
 
@@ -74,7 +69,6 @@ class Row:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 measured, 1 an engine failed, 2 cannot run as asked."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     console = Console(width=160, highlight=False)
     own, flags = split_flags(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(
@@ -91,23 +85,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.repeats < 1:
             raise ValueError(f"--repeats {given.repeats}: needs 1 or more")
         model = find_served_model(given.model)
-        env = environment.describe_in_child(commit=given.commit)
-        engines, left_out = find_engines(given.engines, on_gpu=environment.on_gpu(env))
-        refuse_forced_kernel(on_gpu=environment.on_gpu(env))
+        setting = Setting.find(engines=given.engines, commit=given.commit, logs=given.logs)
     except ValueError as error:
         print(f"bench_load: {error}", file=sys.stderr)
         return 2
-    logs = given.logs or Path(tempfile.mkdtemp(prefix="cast-bench-"))
-    print_environment(env, console)
-    console.print(f"logs         {logs}", markup=False)
-    path = given.out / f"load-{environment.slug(env['gpu'])}.json"
-    results = load_or_empty(path if path.exists() else RESULTS / path.name)
+    setting.begin(console)
+    env, logs = setting.env, setting.logs
+    path = setting.result_path("load", given.out)
+    results = load_or_empty(known(path))
     rows: list[Row] = []
     failed: dict[str, str] = {}
-    for engine in engines:
+    for engine in setting.engines:
         folder = checkpoint(engine, model, given.checkpoints or logs / "checkpoints")
         try:
-            row = measure(engine, model, folder, given.repeats, flags, env, logs)
+            row = measure(engine, model, folder, given.repeats, flags, setting)
         except ServerError as error:
             failed[engine.name] = str(error).partition("\n")[0]
             print(f"bench_load: {engine.name}: {error}", file=sys.stderr, flush=True)
@@ -122,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "gpu": env["gpu"],
         "commit": env["commit"],
         "of_dense": {row.engine: of_dense(row, baseline) for row in rows if baseline},
-        "left_out": left_out | failed,
+        "left_out": setting.left_out | failed,
         "files": [str(path)] if rows else [],
     }
     print(json.dumps(summary))
@@ -146,24 +137,24 @@ def measure(
     folder: Path,
     repeats: int,
     flags: Sequence[str],
-    env: dict[str, Any],
-    logs: Path,
+    setting: Setting,
 ) -> Row:
     """Start `engine` once and then `repeats` times.
 
     Raises:
         ServerError: it did not start; with the end of its log.
     """
-    given = common_flags(model, on_gpu=environment.on_gpu(env), dummy=False)
+    given = common_flags(model, on_gpu=setting.on_gpu, dummy=False)
     command = engine.serve_command(folder, [*given, "--enforce-eager", *flags])
+    logs = setting.logs / engine.name
     starts = []
     for number in range(repeats + 1):
-        with Server(command, logs / engine.name / f"server-{number}.log") as server:
+        with Server(command, logs / f"server-{number}.log") as server:
             server.wait()
             starts.append((server.startup, server.start_s, server.host_gib()))
     loads = [startup.load_s for startup, *_ in starts[1:] if startup.load_s is not None]
     if not loads:
-        raise ServerError(f"the log does not say how long loading took: {logs / engine.name}")
+        raise ServerError(f"the log does not say how long loading took: {logs}")
     startup = starts[-1][0]
     return Row(
         engine=engine.name,
@@ -177,7 +168,7 @@ def measure(
         host_gib=max(host for *_, host in starts[1:]),
         checkpoint_gib=sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 2**30,
         flags=" ".join(flags),
-        run=env["run"],
+        run=setting.env["run"],
     )
 
 

@@ -22,7 +22,6 @@ Writes    serve-GPU.json under --out, after every workload; at the end its .md a
 
 import argparse
 import json
-import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -32,23 +31,21 @@ from typing import Any
 
 from rich.console import Console
 
-from cast_serve.bench import environment
-from cast_serve.bench.paths import RESULTS
-from cast_serve.bench.report import print_environment
+from cast_serve.bench.paths import known
 from cast_serve.bench.serving import breakdown
 from cast_serve.bench.serving.arguments import (
     add_common_arguments,
-    refuse_forced_kernel,
     split_flags,
 )
 from cast_serve.bench.serving.client import SERVED_NAME, Client, MeasurementError
-from cast_serve.bench.serving.engines import Engine, common_flags, find_engines
+from cast_serve.bench.serving.engines import Engine, common_flags
 from cast_serve.bench.serving.floors import judge
 from cast_serve.bench.serving.models import ServedModel, find_served_model
 from cast_serve.bench.serving.render import can_plot, in_order, render
 from cast_serve.bench.serving.report import print_rows, summarize
 from cast_serve.bench.serving.results import Row, load_or_empty
 from cast_serve.bench.serving.server import Server, ServerError
+from cast_serve.bench.serving.setting import Setting
 from cast_serve.bench.serving.trace import TraceError
 from cast_serve.bench.serving.workloads import SMOKE, WORKLOADS, Workload, find_workloads
 
@@ -113,38 +110,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(width=160, highlight=False)
     try:
         options = parse(sys.argv[1:] if arguments is None else arguments)
-        env = environment.describe_in_child(commit=options.commit)
-        engines, left_out = find_engines(options.engines, on_gpu=environment.on_gpu(env))
-        refuse_forced_kernel(on_gpu=environment.on_gpu(env))
-        run = Run(options, env, console)
+        setting = Setting.find(engines=options.engines, commit=options.commit, logs=options.logs)
+        run = Run(options, setting, console)
     except ValueError as error:
         print(f"bench_serve: {error}", file=sys.stderr)
         return 2
-    # Servers are ended on the way out, which the default action for SIGTERM does not do.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    print_environment(env, console)
-    console.print(f"logs         {options.logs}", markup=False)
-    for name, reason in left_out.items():
-        console.print(f"{name} is left out: {reason}")
-    for engine in engines:
+    setting.begin(console)
+    for engine in setting.engines:
         run.bench(engine)
-    print(json.dumps(run.finish(left_out)))
+    print(json.dumps(run.finish()))
     return 1 if run.failed else 0
 
 
 class Run:
     """What was asked for, and what has been measured so far; saved whenever there is more."""
 
-    def __init__(self, options: Options, env: dict[str, Any], console: Console) -> None:
+    def __init__(self, options: Options, setting: Setting, console: Console) -> None:
         self.options = options
-        self.env = env
+        self.setting = setting
+        self.env = setting.env
         self.console = console
-        gpu = environment.slug(env["gpu"])
-        self.path = options.out / f"serve-{gpu}.json"
+        self.path = setting.result_path("serve", options.out)
         self.breakdown_path = breakdown.beside(self.path)
-        # A folder of its own, as --out may be, starts from what the checkout has.
-        self.results = load_or_empty(_or_known(self.path))
-        self.breakdowns = breakdown.load_or_empty(_or_known(self.breakdown_path))
+        self.results = load_or_empty(known(self.path))
+        self.breakdowns = breakdown.load_or_empty(known(self.breakdown_path))
         # By engine, or engine and workload, why.
         self.failed: dict[str, str] = {}
 
@@ -152,7 +141,7 @@ class Run:
         """Start `engine` and run everything on it; what fails is named, and the rest goes on."""
         options, logs = self.options, self.options.logs / engine.name
         folder = engine.write_model(options.model, options.logs / "models")
-        common = common_flags(options.model, on_gpu=environment.on_gpu(self.env))
+        common = common_flags(options.model, on_gpu=self.setting.on_gpu)
         flags = [*common, *options.flags, "--served-model-name", SERVED_NAME]
         if options.breakdowns:
             flags += breakdown.profiler_flags(logs / "traces")
@@ -217,7 +206,7 @@ class Run:
         self.breakdowns = self.breakdowns.merge(self.env, [row])
         self.breakdowns.save(self.breakdown_path)
 
-    def finish(self, left_out: dict[str, str]) -> dict[str, Any]:
+    def finish(self) -> dict[str, Any]:
         """Print the tables, render the files, and return the summary."""
         gpu, shown = self.env["gpu"], (self.options.model.name, " ".join(self.options.flags))
         # Rows of other engines, too: one engine a run is how a short loan of a GPU is used.
@@ -235,17 +224,13 @@ class Run:
         files = [path for path in (self.path, self.breakdown_path) if path.exists()]
         if self.path.exists() and can_plot(self.console):
             files += render(self.path)
-        summary = summarize(self.env, rows, left_out | self.failed)
+        summary = summarize(self.env, rows, self.setting.left_out | self.failed)
         return summary | {"files": [str(file) for file in files]}
 
     def _report(self, name: str, error: Exception) -> None:
         self.failed[name] = str(error).partition("\n")[0]
         print(f"bench_serve: {name}: {error}", file=sys.stderr)
         print(f"bench_serve: see {self.options.logs}", file=sys.stderr, flush=True)
-
-
-def _or_known(path: Path) -> Path:
-    return path if path.exists() else RESULTS / path.name
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from cast_serve.bench.arguments import numbers
 from cast_serve.bench.serving.arguments import add_common_arguments, split_flags
-from cast_serve.bench.serving.offline import Job, add_lengths, counts, run
+from cast_serve.bench.serving.offline import Job, add_lengths, run
 
 WARMUPS = 16
 
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_lengths(parser, requests="1000", input_len=512, output_len=256)
     given = parser.parse_args(own)
     try:
-        numbers = counts(given.requests)
+        batches = numbers("--requests", given.requests)
     except ValueError as error:
         print(f"bench_throughput: {error}", file=sys.stderr)
         return 2
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 *("--num-warmups", str(WARMUPS)),
             ),
         )
-        for requests in numbers
+        for requests in batches
     ]
     return run(given, jobs, flags)
 

@@ -12,3 +12,8 @@ def is_checkout() -> bool:
 
 
 RESULTS = BENCH / "results" if is_checkout() else Path("bench-results")
+
+
+def known(path: Path) -> Path:
+    """A result file, or what RESULTS has of its name: an --out of its own starts from that."""
+    return path if path.exists() else RESULTS / path.name

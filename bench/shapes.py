@@ -5,7 +5,9 @@ Source   The config.json of each model: hidden_size, num_attention_heads, num_ke
          head_dim, intermediate_size.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)
 
@@ -27,6 +29,14 @@ FLOORS = {
 
 # A layer under this many weights (8 MiB in 16 bits) takes 2 us at 4 TB/s: a launch's own time.
 SMALL_LAYER = 1 << 22
+
+
+class Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+NamedType = TypeVar("NamedType", bound=Named)
 
 
 @dataclass(frozen=True)
@@ -141,7 +151,12 @@ def find_model(name: str) -> Model:
     Raises:
         ValueError: there is none; lists those there are.
     """
-    for model in MODELS:
+    return find_named(name, MODELS)
+
+
+def find_named(name: str, models: Sequence[NamedType]) -> NamedType:
+    """As `find_model`, among `models`."""
+    for model in models:
         if model.name.lower() == name.lower():
             return model
-    raise ValueError(f"no model {name!r}; there is {', '.join(model.name for model in MODELS)}")
+    raise ValueError(f"no model {name!r}; there is {', '.join(model.name for model in models)}")

@@ -1,16 +1,15 @@
 """Drives a server with vllm.benchmarks.serve, and reads what it measured."""
 
 import json
-import os
 import select
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from cast_serve.bench.serving.server import ServerError, end, end_with_parent, tail
+from cast_serve.bench.serving.process import end, start, tail
+from cast_serve.bench.serving.server import ServerError
 from cast_serve.bench.serving.vllm_command import MODULE
 from cast_serve.bench.serving.workloads import Workload, mixed_lengths, write_mixed
 
@@ -97,15 +96,12 @@ class Client:
         self.log = log
         folder.mkdir(parents=True, exist_ok=True)
         with log.open("w") as errors:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", MODULE, "clients"],
+            self.process = start(
+                ["-m", MODULE, "clients"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
-                start_new_session=True,
-                preexec_fn=end_with_parent,
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
             )
 
     def __enter__(self) -> Self:

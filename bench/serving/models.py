@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cast_serve.bench.serving.tokenizer import BOS, EOS, write_tokenizer
-from cast_serve.bench.shapes import Model, find_model
+from cast_serve.bench.shapes import Model, find_model, find_named
 from cast_serve.model_loaders.formats import QUANT_METHOD, SPARSITY
 
 
@@ -84,10 +84,7 @@ def find_served_model(name: str) -> ServedModel:
     Raises:
         ValueError: there is none; lists those there are.
     """
-    for model in MODELS:
-        if model.name.lower() == name.lower():
-            return model
-    raise ValueError(f"no model {name!r}; there is {', '.join(model.name for model in MODELS)}")
+    return find_named(name, MODELS)
 
 
 def write_model(model: ServedModel, folder: Path, *, sparse: bool) -> None:

@@ -6,12 +6,9 @@ each engine, one process each. latency-GPU.json and throughput-GPU.json hold a `
 
 import argparse
 import json
-import os
-import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +17,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cast_serve.bench import environment
-from cast_serve.bench.paths import RESULTS
-from cast_serve.bench.report import print_environment
+from cast_serve.bench.paths import known
 from cast_serve.bench.result_file import ResultFile, positive, read
-from cast_serve.bench.serving.arguments import refuse_forced_kernel
-from cast_serve.bench.serving.engines import BASELINE, Engine, common_flags, find_engines
+from cast_serve.bench.serving.engines import BASELINE, Engine, common_flags
 from cast_serve.bench.serving.models import find_served_model
-from cast_serve.bench.serving.server import ServerError, Startup, end, end_with_parent, tail
+from cast_serve.bench.serving.process import end, start, tail
+from cast_serve.bench.serving.server import ServerError, Startup
+from cast_serve.bench.serving.setting import Setting
 
 # An engine's start and the longest job; on a CPU minutes.
 JOB_SECONDS = 3600
@@ -101,18 +97,6 @@ def add_lengths(
     parser.add_argument("--output-len", type=int, default=output_len, metavar="TOKENS")
 
 
-def counts(given: str) -> list[int]:
-    """Numbers from "1,8".
-
-    Raises:
-        ValueError: something else.
-    """
-    numbers = given.split(",")
-    if not all(number.isdecimal() and int(number) for number in numbers):
-        raise ValueError(f"--requests {given}: needs numbers from 1 on, such as 1,8")
-    return [int(number) for number in numbers]
-
-
 def run(given: argparse.Namespace, jobs: Sequence[Job], flags: Sequence[str]) -> int:
     """Measure `jobs` on the engines of the command line `given`; print and write everything.
 
@@ -123,26 +107,18 @@ def run(given: argparse.Namespace, jobs: Sequence[Job], flags: Sequence[str]) ->
     benchmark = jobs[0].benchmark
     try:
         model = find_served_model(given.model)
-        env = environment.describe_in_child(commit=given.commit)
-        on_gpu = environment.on_gpu(env)
-        engines, left_out = find_engines(given.engines, on_gpu=on_gpu)
-        refuse_forced_kernel(on_gpu=on_gpu)
+        setting = Setting.find(engines=given.engines, commit=given.commit, logs=given.logs)
     except ValueError as error:
         print(f"bench_{benchmark}: {error}", file=sys.stderr)
         return 2
-    # The engine is ended on the way out, which the default action for SIGTERM does not do.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    logs = given.logs or Path(tempfile.mkdtemp(prefix="cast-bench-"))
-    print_environment(env, console)
-    console.print(f"logs         {logs}", markup=False)
-    for name, reason in left_out.items():
-        console.print(f"{name} is left out: {reason}")
-    path = given.out / f"{benchmark}-{environment.slug(env['gpu'])}.json"
-    results = load_or_empty(path if path.exists() else RESULTS / path.name)
-    every = [*common_flags(model, on_gpu=on_gpu), *flags]
+    setting.begin(console)
+    env, logs = setting.env, setting.logs
+    path = setting.result_path(benchmark, given.out)
+    results = load_or_empty(known(path))
+    every = [*common_flags(model, on_gpu=setting.on_gpu), *flags]
     failed: dict[str, str] = {}
     rows: list[Row] = []
-    for engine in engines:
+    for engine in setting.engines:
         folder = engine.write_model(model, logs / "models")
         for job in jobs:
             name = f"{engine.name}-{job.requests}"
@@ -181,7 +157,7 @@ def run(given: argparse.Namespace, jobs: Sequence[Job], flags: Sequence[str]) ->
             for row in rows
             if (ratio := speedup(row, rows)) is not None
         },
-        "left_out": left_out | failed,
+        "left_out": setting.left_out | failed,
         "files": [str(path)] if rows else [],
     }
     print(json.dumps(summary))
@@ -201,14 +177,7 @@ def measure(
     result.unlink(missing_ok=True)
     command = engine.offline_command(job.benchmark, model, [*flags, *job.command_flags(result)])
     with log.open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, *command],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            preexec_fn=end_with_parent,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        )
+        process = start(command, stdout=output, stderr=subprocess.STDOUT)
     try:
         status = process.wait(JOB_SECONDS)
     except subprocess.TimeoutExpired as error:

@@ -1,13 +1,9 @@
 """A server as a process: started, waited for, read for what it says of itself, and ended."""
 
 import contextlib
-import ctypes
-import os
 import re
-import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -19,11 +15,11 @@ from typing import Self
 
 import psutil
 
+from cast_serve.bench.serving.process import end, start, tail
+
 # Loading, compiling and capturing graphs takes 40-90 s on an H100.
 START_SECONDS = 300
-STOP_SECONDS = 60
 POLL_SECONDS = 0.5
-TAIL_LINES = 30
 
 # Reading alone; the only line where the runner is a CPU's.
 _READING = re.compile(r"Loading weights took ([\d.]+) seconds")
@@ -68,11 +64,6 @@ class Startup:
         )
 
 
-def tail(log: str) -> str:
-    """The end of a log, for an error message."""
-    return "\n".join(log.rstrip().splitlines()[-TAIL_LINES:])
-
-
 class Server:
     """A running server; leaving its context ends it and every process that it started.
 
@@ -92,14 +83,10 @@ class Server:
         self.started = time.monotonic()
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, *command, "--host", "127.0.0.1", "--port", str(port)],
+            self.process = start(
+                [*command, "--host", "127.0.0.1", "--port", str(port)],
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                # Ctrl-C is this process's, which then ends the server in order.
-                start_new_session=True,
-                preexec_fn=end_with_parent,
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
             )
 
     def __enter__(self) -> Self:
@@ -157,52 +144,3 @@ def _peak_kib(pid: int) -> int:
                 return int(line.split()[1])
     # Gone, or a zombie.
     return 0
-
-
-def end(process: subprocess.Popen, seconds: float = STOP_SECONDS) -> None:
-    """SIGTERM, and after `seconds` SIGKILL; returns when its whole family is gone.
-
-    Only then is a GPU's memory free for the next engine. Not by process group alone: the server
-    that cast-serve starts has one of its own.
-    """
-    family = []
-    # Gone already where it failed; what it left behind is in its process group.
-    with contextlib.suppress(psutil.NoSuchProcess):
-        root = psutil.Process(process.pid)
-        family = [root, *root.children(recursive=True)]
-    process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(seconds)
-    _wait_gone(family, 5)
-    for member in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.kill()
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    _wait_gone(family, seconds)
-    process.wait()
-
-
-def _wait_gone(family: Sequence[psutil.Process], seconds: float) -> None:
-    """Return when none holds memory any more, or after `seconds`.
-
-    Not psutil.wait_procs: in a container whose first process reaps nothing, zombies stay.
-    """
-    end = time.monotonic() + seconds
-    while any(_is_alive(member) for member in family) and time.monotonic() < end:
-        time.sleep(0.05)
-
-
-def _is_alive(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def end_with_parent() -> None:
-    """Ask Linux for SIGTERM should this benchmark be killed: prctl(2), PR_SET_PDEATHSIG.
-
-    In a child before it becomes a server, which would otherwise keep the GPU's memory.
-    """
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)

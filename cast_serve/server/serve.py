@@ -1,12 +1,12 @@
 """The server process: checks checkpoint and plugin, then runs vLLM's OpenAI-compatible server."""
 
 import argparse
-import ctypes
 import os
-import signal
 import socket
 import sys
 from pathlib import Path
+
+from cast_serve.server.parent import end_with_parent
 
 # What vLLM raises when an engine cannot start or an argument does not fit the model.
 ENGINE_ERRORS = (RuntimeError, ValueError, OSError, AssertionError, NotImplementedError)
@@ -14,15 +14,10 @@ ENGINE_ERRORS = (RuntimeError, ValueError, OSError, AssertionError, NotImplement
 
 def main() -> None:
     """Process entry; main.py starts it."""
-    _end_with_parent()
+    end_with_parent()
     # As vLLM's own console script does: fork would copy a started accelerator runtime.
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     sys.exit(_run())
-
-
-def _end_with_parent() -> None:
-    """Ask Linux for SIGTERM should cast-serve itself be killed: prctl(2), PR_SET_PDEATHSIG."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 def _run() -> int:

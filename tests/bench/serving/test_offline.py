@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from cast_serve.bench import bench_latency, bench_throughput
+from cast_serve.bench.arguments import numbers
 from cast_serve.bench.serving.arguments import refuse_forced_kernel, split_flags
 from cast_serve.bench.serving.engines import find_engines
-from cast_serve.bench.serving.offline import Job, Row, counts, load_or_empty, speedup
+from cast_serve.bench.serving.offline import Job, Row, load_or_empty, speedup
 
 
 def make_row(engine: str, seconds: float, flags: str = "") -> Row:
@@ -54,9 +55,9 @@ def test_results(tmp_path: Path) -> None:
 
 
 def test_counts() -> None:
-    assert counts("1,64") == [1, 64]
+    assert numbers("--requests", "1,64") == [1, 64]
     with pytest.raises(ValueError, match="--requests 1,: needs numbers from 1 on"):
-        counts("1,")
+        numbers("--requests", "1,")
 
 
 @pytest.mark.parametrize("program", [bench_latency, bench_throughput])

@@ -8,7 +8,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cast_serve.bench.serving.server import Server, ServerError, Startup, end
+from cast_serve.bench.serving.process import end
+from cast_serve.bench.serving.server import Server, ServerError, Startup
 
 # vLLM 0.32's CPU build, as logged; it does not say what the weights take.
 CPU_LOG = """\

@@ -1,0 +1,13 @@
+"""Values of command lines that several benchmarks take."""
+
+
+def numbers(flag: str, given: str) -> list[int]:
+    """Numbers from 1 on, from "1,8".
+
+    Raises:
+        ValueError: something else; names `flag`.
+    """
+    found = given.split(",")
+    if not all(number.isdecimal() and int(number) for number in found):
+        raise ValueError(f"{flag} {given}: needs numbers from 1 on, such as 1,8")
+    return [int(number) for number in found]

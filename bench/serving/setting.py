@@ -1,0 +1,59 @@
+"""What a comparison of engines runs on: the machine, the engines that it has, and where logs go."""
+
+import signal
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from cast_serve.bench import environment
+from cast_serve.bench.report import print_environment
+from cast_serve.bench.serving.arguments import refuse_forced_kernel
+from cast_serve.bench.serving.engines import Engine, find_engines
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Checked; nothing has been started.
+
+    Attributes:
+        left_out: by engine, why it cannot run here.
+    """
+
+    env: dict[str, Any]
+    engines: tuple[Engine, ...]
+    left_out: dict[str, str]
+    logs: Path
+
+    @classmethod
+    def find(cls, *, engines: str, commit: str | None, logs: Path | None) -> "Setting":
+        """That of the command line's --engines, --commit and --logs.
+
+        Raises:
+            ValueError: there is no such engine, or CAST_SERVE_KERNEL would be measured.
+        """
+        env = environment.describe_in_child(commit=commit)
+        on_gpu = environment.on_gpu(env)
+        found, left_out = find_engines(engines, on_gpu=on_gpu)
+        refuse_forced_kernel(on_gpu=on_gpu)
+        logs = logs or Path(tempfile.mkdtemp(prefix="cast-bench-"))
+        return cls(env=env, engines=found, left_out=left_out, logs=logs)
+
+    @property
+    def on_gpu(self) -> bool:
+        return environment.on_gpu(self.env)
+
+    def result_path(self, benchmark: str, out: Path) -> Path:
+        """The result file of `benchmark` for this GPU, under `out`."""
+        return out / f"{benchmark}-{environment.slug(self.env['gpu'])}.json"
+
+    def begin(self, console: Console) -> None:
+        """Print it; from now on SIGTERM ends what is started, which its default action does not."""
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        print_environment(self.env, console)
+        console.print(f"logs         {self.logs}", markup=False)
+        for name, reason in self.left_out.items():
+            console.print(f"{name} is left out: {reason}")
