@@ -17,7 +17,7 @@ from typing import Any
 
 # First match wins.
 KINDS = (
-    ("sampling", re.compile(r"argmax|sampl|topk|top_k|_ranks", re.IGNORECASE)),
+    ("sampling", re.compile(r"argmax|sample|sampling|topk|top_k|_ranks", re.IGNORECASE)),
     ("2:4 linear", re.compile(r"mma_sp|sparse")),
     ("attention", re.compile(r"flash|fmha|attention|attn|reshape_and_cache")),
     ("dense linear", re.compile(r"nvjet|gemm|gemv|cutlass|cublas|splitk|xmma", re.IGNORECASE)),
