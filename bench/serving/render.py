@@ -86,7 +86,7 @@ def markdown(results: Results, plot: str | None, profiled: Sequence[breakdown.Ro
     if profiled:
         note = (
             "Medians over the steps, with the profiler running, which slows the host: GPU idle is "
-            "more than without it. The dense linear of a 2:4 model is its lm_head."
+            "more than without it. lm_head, dense in every engine, is apart from the linears."
         )
         lines += ["", "## Milliseconds of a step", "", note, "", *breakdown.lines(profiled)]
     lines += ["", "## Runs", ""]
