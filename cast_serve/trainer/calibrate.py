@@ -7,19 +7,17 @@ momentum. Too small, and the decay only wins in the last steps and the final pru
 import math
 
 import torch
-from transformers import PreTrainedModel
+from torch.distributed.tensor import DTensor
 
-from cast_serve.trainer.config import RunConfig
-from cast_serve.trainer.data import BlockStream, collate
-from cast_serve.trainer.distill import distillation_loss
 from cast_serve.trainer.errors import RunError
+from cast_serve.trainer.gradient import Gradient
 from cast_serve.trainer.layers import scaled_layers
 
 _STEPS = 8
 
 
-def measure_lambda(model: PreTrainedModel, stream: BlockStream, config: RunConfig) -> float:
-    """RMS over the sparsified weights of one step's gradient, over the first 8 steps' batches.
+def measure_lambda(gradient: Gradient) -> float:
+    """RMS over the sparsified weights of one step's gradient, over the first 8 steps' sequences.
 
     The KL has no gradient where the student still equals its teacher, so only (1-eta) * CE is
     run; gradients are clipped as in training.
@@ -27,35 +25,23 @@ def measure_lambda(model: PreTrainedModel, stream: BlockStream, config: RunConfi
     Raises:
         RunError: the gradient is zero or not finite.
     """
-    torch.manual_seed(config.seed)
-    layers = [layer for _, layer in scaled_layers(model)]
-    square = 0.0
-    model.train()
+    layers = [layer for _, layer in scaled_layers(gradient.model)]
+    share = 1 - gradient.config.eta
+    square = torch.zeros((), dtype=torch.float64, device=gradient.processes.device)
     for step in range(_STEPS):
-        _backward(model, stream, config, step)
-        norm = torch.nn.utils.get_total_norm(
-            p.grad for p in model.parameters() if p.grad is not None
-        )
-        factor = min(1.0, config.clip / (norm.item() + 1e-6)) if config.clip else 1.0
-        grads = [layer.weight.grad for layer in layers if layer.weight.grad is not None]
-        square += factor**2 * math.fsum(g.square().sum(dtype=torch.float64).item() for g in grads)
-        model.zero_grad(set_to_none=True)
-    rms = math.sqrt(square / (_STEPS * sum(layer.weight.numel() for layer in layers)))
+        gradient.accumulate(step, eta=0.0)
+        for parameter in gradient.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad *= share
+        gradient.clip()
+        for layer in layers:
+            if layer.weight.grad is not None:
+                grad = layer.weight.grad
+                found = grad.square().sum(dtype=torch.float64)
+                square += found.full_tensor() if isinstance(found, DTensor) else found
+        gradient.model.zero_grad(set_to_none=True)
+    count = _STEPS * sum(layer.weight.numel() for layer in layers)
+    rms = math.sqrt(square.item() / count)
     if not (0 < rms < math.inf):
         raise RunError(f"lambda: the first batches' gradient RMS is {rms}; give --lambda yourself")
     return rms
-
-
-def _backward(model: PreTrainedModel, stream: BlockStream, config: RunConfig, step: int) -> None:
-    """Accumulate one step's gradient."""
-    device = model.device.type
-    for micro in range(config.gradient_accumulation):
-        first = (step * config.gradient_accumulation + micro) * config.batch_size
-        # A run shorter than the measurement has fewer batches: measure on those again.
-        items = [stream[(first + i) % len(stream)] for i in range(config.batch_size)]
-        ids = collate(items)["input_ids"].to(model.device)
-        with torch.autocast(device, torch.bfloat16, enabled=config.compute == "bf16"):
-            logits = model(input_ids=ids, use_cache=False).logits
-        logits, labels = logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
-        loss = distillation_loss(logits, None, labels, eta=0.0).total
-        (loss * (1 - config.eta) / config.gradient_accumulation).backward()

@@ -97,8 +97,13 @@ class RunConfig:
     context: int | None = _option(
         None, "tokens per sequence; default: 1024 or the model's limit", group="budget"
     )
-    batch_size: int = _option(8, "sequences per forward pass", group="budget")
-    gradient_accumulation: int = _option(1, "forward passes per step", group="budget")
+    # Not part of the identity, because only their product with the number of processes is.
+    batch_size: int = _option(
+        8, "sequences per forward pass of a process", group="budget", identity=False
+    )
+    gradient_accumulation: int = _option(
+        1, "forward passes of a process per step", group="budget", identity=False
+    )
 
     lr: float | None = _option(
         None,
@@ -119,6 +124,13 @@ class RunConfig:
     device: Literal["auto", "cpu"] = _option(
         "auto", "auto takes a GPU if there is one", group="run"
     )
+    parallel: Literal["ddp", "fsdp"] = _option(
+        "ddp",
+        "with several processes (torchrun): ddp, each holds the whole model, or fsdp, each holds a "
+        "slice of it",
+        group="run",
+        identity=False,
+    )
     compute: Literal["fp32", "bf16"] = _option(
         "fp32", "arithmetic of the forward pass; master weights are always fp32", group="run"
     )
@@ -133,6 +145,13 @@ class RunConfig:
     )
     eval_data: tuple[Path, ...] = _option(
         (), "files to evaluate on in place of a held-out share", group="run"
+    )
+    loss_limit: float | None = _option(
+        None,
+        "mean loss that stops the run; default: one more than a model has that guesses, "
+        "ln(vocabulary) + 1",
+        group="run",
+        identity=False,
     )
     save_steps: int = _option(500, "steps between checkpoints", group="run", identity=False)
     save_limit: int = _option(2, "checkpoints to keep", group="run", identity=False)
@@ -204,7 +223,7 @@ class RunConfig:
         for key in (*at_least_one.split(), "save_steps", "save_limit", "log_steps"):
             _require(key, getattr(self, key), lambda v: v >= 1, "at least 1")
         _require("context", self.context, lambda v: v >= 2, "at least 2")
-        for key in ("epochs", "lr", "lambda_", "temperature", "eps"):
+        for key in ("epochs", "lr", "lambda_", "temperature", "eps", "loss_limit"):
             _require(key, getattr(self, key), lambda v: 0 < v < float("inf"), "above 0")
         for key in ("eta", "lr_floor"):
             _require(key, getattr(self, key), lambda v: 0 <= v <= 1, "from 0 to 1")

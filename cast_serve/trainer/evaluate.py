@@ -7,9 +7,11 @@ CAST tables. Always in eval mode; the model's mode is restored.
 import math
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from cast_serve.trainer.distill import distillation_loss
+from cast_serve.trainer.processes import ALONE, Processes
 
 
 def perplexity(
@@ -28,18 +30,33 @@ def perplexity(
 
 
 @torch.no_grad()
-def mean_loss(model: PreTrainedModel, windows: torch.Tensor, *, batch_size: int = 8) -> float:
-    """Mean cross-entropy, nats per predicted token, of `windows` int [count, context]."""
+def mean_loss(
+    model: nn.Module,
+    windows: torch.Tensor,
+    *,
+    batch_size: int = 8,
+    processes: Processes = ALONE,
+) -> float:
+    """Mean cross-entropy, nats per predicted token, of `windows` int [count, context].
+
+    Args:
+        processes: they share the windows, and every one gets the mean over all.
+    """
     training = model.training
     model.eval()
-    total = 0.0
-    for start in range(0, len(windows), batch_size):
-        ids = windows[start : start + batch_size].long().to(model.device)
+    device = next(model.parameters()).device
+    own = windows[processes.rank :: processes.count]
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    # A sharded model needs every process in every pass, also one that has no window left.
+    most = -(-len(windows) // processes.count)
+    for start in range(0, most, batch_size):
+        part = own[start : start + batch_size]
+        ids = (part if len(part) else windows[:1]).long().to(device)
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
         loss = distillation_loss(logits, None, ids[:, 1:].flatten(), eta=0.0)
-        total += loss.ce.item() * len(ids)
+        total += loss.ce.double() * len(part)
     model.train(training)
-    return total / len(windows)
+    return processes.sum(total).item() / len(windows)
 
 
 def to_perplexity(loss: float) -> float:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from cast_serve.trainer.config import RunConfig
@@ -25,15 +26,22 @@ _FORMAT_VERSION = 1
 
 
 def write_training_form(
-    model: PreTrainedModel, source: Path, target: Path, *, pattern: str, ignore: list[str]
+    model: PreTrainedModel,
+    weights: dict[str, torch.Tensor],
+    source: Path,
+    target: Path,
+    *,
+    pattern: str,
+    ignore: list[str],
 ) -> None:
-    """Write `model`, whose layers have scales, to the new folder `target` as it is in training.
+    """Write a model whose layers have scales to the new folder `target` as it is in training.
 
     Args:
+        weights: its whole state dict, which `model` itself may not hold.
         source: the dense checkpoint, whose config.json, tokenizer and licence are kept.
         ignore: linear layers that stay dense.
     """
-    model.save_pretrained(target)
+    model.save_pretrained(target, state_dict=_untied(model, weights))
     # The source's own config: the one in memory carries the Trainer's changes (use_cache).
     quantization = {
         "quant_method": "cast",
@@ -46,7 +54,7 @@ def write_training_form(
     copy_companions(source, target)
 
 
-def prune_and_fold_(model: PreTrainedModel, config: RunConfig) -> None:
+def prune_and_fold_(model: nn.Module, config: RunConfig) -> None:
     """W <- (W * M_T) * A in every sparsified layer, in place: the model that is served, in fp32."""
     for _, layer in scaled_layers(model):
         layer.prune_and_fold_(config.nm)
@@ -54,6 +62,7 @@ def prune_and_fold_(model: PreTrainedModel, config: RunConfig) -> None:
 
 def publish(
     model: PreTrainedModel,
+    weights: dict[str, torch.Tensor],
     training_form: Path,
     config: RunConfig,
     *,
@@ -63,7 +72,8 @@ def publish(
     """Write config.output in config.export_form, whole or not at all.
 
     Args:
-        model: pruned and folded; written only where its pattern is not 2:4.
+        weights: whole state dict of the model, pruned and folded; written only where the pattern is
+            not 2:4.
         training_form: folder of write_training_form.
         dtype: of the packed or dense weights.
     """
@@ -77,23 +87,32 @@ def publish(
 
         convert(training_form, staging, to=config.export_form, dtype=dtype, provenance=provenance)
     else:
-        _write_dense(model, config.model, staging, dtype)
+        _write_dense(model, weights, config.model, staging, dtype)
         _write_json(staging / "cast.json", provenance)
     _replace(staging, config.output)
 
 
-def _write_dense(model: PreTrainedModel, source: Path, target: Path, dtype: torch.dtype) -> None:
+def _write_dense(
+    model: PreTrainedModel,
+    weights: dict[str, torch.Tensor],
+    source: Path,
+    target: Path,
+    dtype: torch.dtype,
+) -> None:
     """An ordinary HF checkpoint of the pruned and folded model: stock names, no extra tensors."""
-    weights = {
+    stock = {
         name: tensor.to(dtype)
-        for name, tensor in model.state_dict().items()
+        for name, tensor in _untied(model, weights).items()
         if not name.endswith(".cast_scale")
     }
-    for tied in model.all_tied_weights_keys:
-        weights.pop(tied, None)
-    model.save_pretrained(target, state_dict=weights)
+    model.save_pretrained(target, state_dict=stock)
     _write_config(source, target, dtype, {})
     copy_companions(source, target)
+
+
+def _untied(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Without the names under which a tied weight is known a second time."""
+    return {name: one for name, one in weights.items() if name not in model.all_tied_weights_keys}
 
 
 def _write_config(source: Path, target: Path, dtype: torch.dtype, extra: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -56,10 +57,11 @@ class ScaledLayer(nn.Module):
     @torch.no_grad()
     def prune_and_fold_(self, pattern: Pattern) -> None:
         """W <- (W * M) * A and A <- 1, in place: the weight that is served."""
-        mask = weight_mask(self.weight, pattern, input_dim=self.input_dim)
-        self.weight.masked_fill_(~mask, 0)
-        self.weight.copy_(self.scaled_weight())
-        self.cast_scale.fill_(1)
+        # A sharded weight holds whole groups and the rows of its scales (parallel.py).
+        weight, scale = local(self.weight.detach()), local(self.cast_scale.detach())
+        weight.masked_fill_(~weight_mask(weight, pattern, input_dim=self.input_dim), 0)
+        weight.copy_(scale_weight(weight, scale, input_dim=self.input_dim))
+        scale.fill_(1)
 
 
 class ScaledLinear(ScaledLayer):
@@ -78,6 +80,11 @@ class ScaledConv1D(ScaledLayer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return functional.linear(x, self.scaled_weight().t(), self.bias)
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor; it shares the tensor's storage."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def scale_weight(weight: torch.Tensor, scale: torch.Tensor, *, input_dim: int) -> torch.Tensor:
@@ -153,6 +160,13 @@ def optimizer_groups(model: nn.Module) -> list[dict[str, object]]:
         {"params": group, "input_dim": input_dim} for input_dim, group in sorted(weights.items())
     ]
     return [*groups, {"params": rest, "input_dim": None}]
+
+
+def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """The list of decoder blocks."""
+    blocks = model.get_submodule(_blocks_name(model))
+    assert isinstance(blocks, nn.ModuleList)
+    return blocks
 
 
 def _blocks_name(model: PreTrainedModel) -> str:

@@ -1,226 +1,138 @@
-"""CastTrainer: transformers.Trainer with AdamS, the distillation loss and whole checkpoints.
+"""The steps of a run: gradient, clipping, AdamS, and what is logged and saved on the way.
 
 The forward and backward passes are dense for the whole run; masks exist in the optimizer alone.
 """
 
-import math
-import os
-import shutil
-from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
-from typing import Any
+import time
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import (
-    PreTrainedModel,
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
-from transformers.integrations import TensorBoardCallback
+from transformers import PreTrainedModel
 
+from cast_serve.trainer import checkpoint
 from cast_serve.trainer.config import RunConfig
-from cast_serve.trainer.data import BlockStream, collate
-from cast_serve.trainer.distill import distillation_loss
-from cast_serve.trainer.errors import RunError
-from cast_serve.trainer.layers import optimizer_groups
+from cast_serve.trainer.gradient import Gradient
+from cast_serve.trainer.guard import Guard
+from cast_serve.trainer.journal import Journal
+from cast_serve.trainer.layers import decoder_blocks, optimizer_groups
 from cast_serve.trainer.masks import progress
 from cast_serve.trainer.optim import AdamS
-from cast_serve.trainer.run_dir import STAGING, Fixed, checkpoints
+from cast_serve.trainer.run_dir import Fixed
 from cast_serve.trainer.schedule import Schedule
 
 
-class CastTrainer(Trainer):
-    """Trains a model with scaled layers against a frozen teacher (None with eta = 0)."""
+class Training:
+    """A model with scaled layers in training; `gradient` holds it, its teacher and its data."""
 
     def __init__(
-        self,
-        config: RunConfig,
-        fixed: Fixed,
-        model: PreTrainedModel,
-        teacher: PreTrainedModel | None,
-        stream: BlockStream,
-        *,
-        callbacks: list[TrainerCallback],
+        self, config: RunConfig, fixed: Fixed, gradient: Gradient, *, guess: float
     ) -> None:
-        arguments = training_arguments(config, fixed)
-        schedule = Schedule(steps=fixed.steps, warmup=config.warmup, floor=config.lr_floor)
+        """
+        Args:
+            guess: nats per token of a model that guesses, ln(vocabulary).
+        """
         self.config = config
-        self.teacher = teacher
-        self._logits = torch.compile(_logits) if config.compile else _logits
-        self.adams = AdamS(
-            optimizer_groups(model),
-            lr=fixed.lr,
-            decay=fixed.lambda_,
-            total_steps=fixed.steps,
-            pattern=config.nm,
-            betas=(config.beta1, config.beta2),
-            eps=config.eps,
-            mask_interval=config.mask_interval,
-        )
-        super().__init__(
-            model=model,
-            args=arguments,
-            data_collator=collate,
-            train_dataset=stream,
-            optimizers=(self.adams, LambdaLR(self.adams, schedule.factor())),
-            callbacks=callbacks,
-        )
-        # compute_loss is a mean over one forward pass: the Trainer divides by their number a step.
-        self.loss_is_scaled_for_ga = False
-        self.remove_callback(ProgressCallback)
-        self.add_callback(ProgressBar)
-        self._parts = torch.zeros(2, device=arguments.device)
-        self._parts_count = 0
-        self._checkpoint_root: Path | None = None
+        self.fixed = fixed
+        self.gradient = gradient
+        self.processes = gradient.processes
+        self.schedule = Schedule(steps=fixed.steps, warmup=config.warmup, floor=config.lr_floor)
+        self.optimizer = build_optimizer(config, fixed, gradient.model)
+        self.guard = Guard(self.processes, limit=config.loss_limit or guess + 1)
+        # Sums of CE, KL and gradient norm since the last entry.
+        self._sums = torch.zeros(3, device=self.processes.device)
+        self._logged = 0
+        self._since = time.perf_counter()
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, torch.Tensor | Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
-        """Eq. 13 on one batch; labels are the inputs shifted by one."""
-        assert not return_outputs, "evaluation goes through evaluate.mean_loss"
-        ids = inputs["input_ids"]
-        teacher_logits = None
-        if self.teacher is not None:
-            with torch.no_grad():
-                teacher_logits = self._logits(self.teacher, ids)
-        with self._autocast():
-            logits = self._logits(model, ids)
-        loss = distillation_loss(
-            logits,
-            teacher_logits,
-            ids[:, 1:].flatten(),
-            eta=self.config.eta,
-            temperature=self.config.temperature,
-        )
-        self._parts += torch.stack((loss.ce, loss.kl)).float()
-        self._parts_count += 1
-        return loss.total
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add CAST's diagnostics to the entries of the training loss.
+    def run(self, done: int, journal: Journal | None) -> None:
+        """The steps after `done`; `journal` in the first process alone.
 
         Raises:
-            RunError: the loss is no longer a number.
+            RunError: the loss exploded, or a checkpoint cannot be written.
         """
-        if "loss" in logs:
-            if not math.isfinite(logs["loss"]):
-                raise RunError(
-                    f"loss is {logs['loss']} at step {self.state.global_step}; lower lr or raise "
-                    f"warmup; checkpoints before it are in {self.args.output_dir}"
+        config, steps = self.config, self.fixed.steps
+        self._logged, self._since = done, time.perf_counter()
+        for step in range(done + 1, steps + 1):
+            self._step(step)
+            last = step == steps
+            if step == 1 or last or step % config.log_steps == 0:
+                self._log(step, journal)
+            if last or step % config.save_steps == 0:
+                # What is saved must be worth resuming from.
+                self.guard.check(config.run_dir, step)
+                checkpoint.save(
+                    config.run_dir,
+                    step,
+                    self.gradient.model,
+                    self.optimizer,
+                    self.processes,
+                    keep=config.save_limit,
                 )
-            logs |= self._diagnostics()
-        super().log(logs, start_time)
+            if journal is not None:
+                journal.advance(step)
 
-    def _diagnostics(self) -> dict[str, float]:
-        ce, kl = (self._parts / max(1, self._parts_count)).tolist()
-        self._parts.zero_()
-        self._parts_count = 0
-        now = progress(self.adams.masked_weights())
-        found = {
+    def _step(self, step: int) -> None:
+        rate = self.fixed.lr * self.schedule.rate(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        eta = self.config.eta
+        parts = self.gradient.accumulate(step - 1, eta=eta)
+        norm = self.gradient.clip()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._sums += torch.cat((parts, norm.reshape(1)))
+        self.guard.see(torch.dot(parts, parts.new_tensor((1 - eta, eta))), norm)
+
+    def _log(self, step: int, journal: Journal | None) -> None:
+        self.guard.check(self.config.run_dir, step)
+        count = step - self._logged
+        means = self.processes.sum(self._sums) / (count * self.processes.count)
+        ce, kl, norm = means.tolist()
+        self._sums.zero_()
+        now = progress(self.optimizer.masked_weights())
+        # After the figures above have been read, the device is done with these steps.
+        seconds = time.perf_counter() - self._since
+        tokens = count * self.fixed.sequences_per_step * self.fixed.context
+        eta = self.config.eta
+        figures = {
+            "loss": eta * kl + (1 - eta) * ce,
             "ce": ce,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "grad_norm": norm,
             "sparse_weight_ratio": now.sparse_weight_ratio,
             "masked_magnitude": now.masked,
             "kept_magnitude": now.kept,
+            "tokens": step * self.fixed.sequences_per_step * self.fixed.context,
+            "tokens_per_s": tokens / seconds,
         }
-        if self.teacher is not None:
-            found["kl"] = kl
-        if self.adams.flips is not None:
-            found["mask_flips"] = self.adams.flips
-        return found
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        # Not TrainingArguments(bf16=True): accelerate would turn the logits to fp32 as a whole.
-        if self.config.compute == "fp32":
-            return nullcontext()
-        return torch.autocast(self.args.device.type, torch.bfloat16)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write to a staging folder and rename: a folder named checkpoint-N is complete."""
-        run_dir = self.config.run_dir
-        staging = run_dir / STAGING
-        shutil.rmtree(staging, ignore_errors=True)
-        self._checkpoint_root = staging
-        super()._save_checkpoint(model, trial)
-        self._checkpoint_root = None
-        name = f"checkpoint-{self.state.global_step}"
-        # Left by a run that was resumed from an earlier one: os.replace needs an empty target.
-        shutil.rmtree(run_dir / name, ignore_errors=True)
-        os.replace(staging / name, run_dir / name)
-        staging.rmdir()
-        for old in checkpoints(run_dir)[: -self.config.save_limit]:
-            shutil.rmtree(old)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._checkpoint_root or self.args.output_dir)
+        if eta:
+            figures["kl"] = kl
+        if self.optimizer.flips is not None:
+            figures["mask_flips"] = self.optimizer.flips
+        if journal is not None:
+            journal.write(step, figures)
+        self._logged, self._since = step, time.perf_counter()
 
 
-class ProgressBar(ProgressCallback):
-    """The Trainer's bar with the latest figures at its end, in place of a printed line each."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if self.training_bar is not None and logs and "loss" in logs:
-            self.training_bar.set_postfix_str(
-                f"loss {logs['loss']:.3f}  S {logs['sparse_weight_ratio']:.4f}  "
-                f"lr {logs['learning_rate']:.1e}"
-            )
-
-
-def training_arguments(config: RunConfig, fixed: Fixed) -> TrainingArguments:
-    """HF's arguments for a run on one process.
-
-    Raises:
-        RunError: the process was started as one of several.
-    """
-    arguments = TrainingArguments(
-        output_dir=str(config.run_dir),
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation,
-        max_steps=fixed.steps,
-        # One "epoch" of BlockStream is the whole run, in its own order.
-        num_train_epochs=1,
-        train_sampling_strategy="sequential",
-        dataloader_drop_last=True,
-        dataloader_pin_memory=False,
-        learning_rate=fixed.lr,
-        max_grad_norm=config.clip,
-        gradient_checkpointing=config.gradient_checkpointing,
-        logging_steps=config.log_steps,
-        logging_first_step=True,
-        # A NaN must stop the run, not be averaged away in the log.
-        logging_nan_inf_filter=False,
-        save_strategy="steps",
-        save_steps=config.save_steps,
-        report_to="none",
-        remove_unused_columns=False,
-        seed=config.seed,
-        use_cpu=config.device == "cpu",
+def build_optimizer(config: RunConfig, fixed: Fixed, model: nn.Module) -> AdamS:
+    """AdamS over the parameters of `model`, which has scaled layers."""
+    return AdamS(
+        optimizer_groups(model),
+        lr=fixed.lr,
+        decay=fixed.lambda_,
+        total_steps=fixed.steps,
+        pattern=config.nm,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        mask_interval=config.mask_interval,
     )
-    if arguments.world_size > 1:
-        raise RunError(
-            f"cast-train runs on one process, and was started as one of {arguments.world_size}; "
-            "start it without torchrun or accelerate launch"
-        )
-    # The Trainer wraps the model in DataParallel where it sees several GPUs: take the first.
-    arguments._n_gpu = min(1, arguments.n_gpu)
-    return arguments
 
 
-def tensorboard(config: RunConfig, *, first_step: int) -> TensorBoardCallback:
-    """Logs to OUTPUT.run/logs; entries of an earlier try from `first_step` on are dropped."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    folder = str(config.run_dir / "logs")
-    return TensorBoardCallback(tb_writer=SummaryWriter(folder, purge_step=first_step))
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Keep one activation a decoder block, and compute the others again in the backward pass."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
-def _logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """[batch * (context-1), vocab] logits of the positions that have a next token."""
-    return model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+def compile_blocks(model: PreTrainedModel) -> None:
+    """Run every decoder block through torch.compile: one compilation serves them all."""
+    for block in decoder_blocks(model):
+        block.compile()

@@ -37,13 +37,18 @@ class Plan:
     train_blocks: int
     eval_blocks: int
     evaluated_on: str
+    processes: int
     steps: int
-    tokens_per_step: int
+    sequences_per_step: int
     lr: float
     lambda_: float | None
     magnitudes: Progress
     travel: float
     memory: dict[str, int]
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.sequences_per_step * self.context
 
     @property
     def tokens(self) -> int:
@@ -63,9 +68,9 @@ class Plan:
         return "short" if self.travel < TRAVEL_ADVISED * (1 - 1e-9) else "ok"
 
 
-def step_count(config: RunConfig, *, train_blocks: int, context: int) -> int:
+def step_count(config: RunConfig, *, train_blocks: int, context: int, processes: int = 1) -> int:
     """Optimizer steps of the budget; a part of a step is rounded up."""
-    per_step = config.batch_size * config.gradient_accumulation
+    per_step = config.batch_size * config.gradient_accumulation * processes
     if config.steps is not None:
         return config.steps
     if config.tokens is not None:
@@ -85,10 +90,11 @@ def make_plan(
     evaluated_on: str,
     teacher_bytes: int,
     lambda_: float | None,
+    processes: int = 1,
 ) -> Plan:
     """The plan for `model`, dense and untouched, under `config`."""
     schedule = Schedule(
-        steps=step_count(config, train_blocks=train_blocks, context=context),
+        steps=step_count(config, train_blocks=train_blocks, context=context, processes=processes),
         warmup=config.warmup,
         floor=config.lr_floor,
     )
@@ -105,8 +111,9 @@ def make_plan(
         train_blocks=train_blocks,
         eval_blocks=eval_blocks,
         evaluated_on=evaluated_on,
+        processes=processes,
         steps=schedule.steps,
-        tokens_per_step=config.batch_size * config.gradient_accumulation * context,
+        sequences_per_step=config.batch_size * config.gradient_accumulation * processes,
         lr=lr,
         lambda_=lambda_,
         magnitudes=magnitudes,

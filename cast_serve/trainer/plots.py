@@ -1,4 +1,4 @@
-"""PNG plots of a finished run, from the log history that HF Trainer keeps in its checkpoints."""
+"""PNG plots of a finished run, from its entries in log.jsonl."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -62,6 +62,8 @@ def _run(plan: Plan, config: RunConfig) -> Table:
     table = Table(title="run", title_justify="left", show_header=False)
     share = plan.sparse_parameters / plan.parameters
     batch = f"{config.batch_size} x {config.gradient_accumulation} x {plan.context}"
+    if plan.processes > 1:
+        batch = f"{plan.processes} processes x {batch}"
     measured = "measured on the first batches"
     form = config.export_form
     fallback = f" (only 2:4 packs, not {config.pattern})" if form != config.export else ""

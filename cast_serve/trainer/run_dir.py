@@ -1,8 +1,9 @@
 """OUTPUT.run, the folder of a run in progress: what it is, and its last complete checkpoint.
 
 run.json         configuration, values fixed at the start, digest of the data
-checkpoint-N/    HF Trainer's checkpoint after step N; complete once it has this name
+checkpoint-N/    the state after step N (checkpoint.py); complete once it has this name
 .staging/        a checkpoint being written
+log.jsonl        the figures of every entry (journal.py)
 logs/            TensorBoard
 plots/           PNG, at the end
 """
@@ -18,7 +19,8 @@ from cast_serve.trainer.config import RunConfig
 from cast_serve.trainer.errors import RunError
 
 STAGING = ".staging"
-_FORMAT = 1
+# 1 had checkpoints of transformers.Trainer.
+_FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,7 @@ class Fixed:
 
     steps: int
     context: int
+    sequences_per_step: int
     lr: float
     lambda_: float
     data_sha256: str
@@ -80,6 +83,12 @@ def read_run(config: RunConfig) -> Fixed:
     path = config.run_dir / "run.json"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
+        form = record["format"]
+        if form != _FORMAT:
+            raise RunError(
+                f"resume: {path} has format {form}, and this cast-train reads {_FORMAT}; finish it "
+                "with the version that started it"
+            )
         before, fixed = record["config"], Fixed(**record["fixed"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"resume: {path} cannot be read: {error!r}") from error

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.initialization import no_init_weights
 
 from cast_serve.trainer.config import DEFAULT_CONTEXT
 from cast_serve.trainer.errors import RunError
@@ -73,6 +75,20 @@ def load_source(folder: Path) -> Source:
     _require_whole(folder, model, loading)
     dtype = model.dtype
     return Source(folder=folder, model=model.float(), tokenizer=tokenizer, dtype=dtype)
+
+
+def load_empty_source(folder: Path, dtype: torch.dtype) -> Source:
+    """As load_source, with weights that hold nothing yet: another process has them.
+
+    Memory is only taken once they are written to.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    # no_init_weights leaves this out, too.
+    model.tie_weights()
+    return Source(folder=folder, model=model, tokenizer=tokenizer, dtype=dtype)
 
 
 def _require_whole(folder: Path, model: PreTrainedModel, loading: dict[str, Any]) -> None:

@@ -1,24 +1,34 @@
 """One CAST run from a dense checkpoint to the sparse one: plan, train, prune, fold, export."""
 
 import copy
+import math
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
+from torch import nn
 from transformers import PreTrainedModel
 
+from cast_serve.trainer import checkpoint
 from cast_serve.trainer.calibrate import measure_lambda
 from cast_serve.trainer.config import RunConfig
 from cast_serve.trainer.data import BlockStream, Corpus, load_corpus
 from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.evaluate import mean_loss, to_perplexity
 from cast_serve.trainer.export import dtype_name, prune_and_fold_, publish, write_training_form
-from cast_serve.trainer.layers import LayerChoice, add_scales, choose_layers
-from cast_serve.trainer.loop import CastTrainer, tensorboard
+from cast_serve.trainer.gradient import Gradient
+from cast_serve.trainer.journal import Journal, read_history
+from cast_serve.trainer.layers import add_scales, choose_layers
+from cast_serve.trainer.loop import Training, compile_blocks, recompute_activations
+from cast_serve.trainer.parallel import replicate, shard, whole_weights
 from cast_serve.trainer.plan import Plan, check_travel, make_plan
 from cast_serve.trainer.plots import write_plots
+from cast_serve.trainer.processes import Processes, join
 from cast_serve.trainer.report import render_plan
 from cast_serve.trainer.run_dir import (
     Fixed,
@@ -27,60 +37,84 @@ from cast_serve.trainer.run_dir import (
     read_run,
     write_run,
 )
-from cast_serve.trainer.source import Source, context_length, load_source
+from cast_serve.trainer.source import Source, context_length, load_empty_source, load_source
+
+_TRAINING_FORM = "training-form"
 
 
 def run(config: RunConfig, console: Console) -> None:
     """Carry out `config`: a dry run prints the plan; else config.output is written at the end.
 
+    Called in every process of a run that torchrun started; the first one prints and writes.
+
     Raises:
         RunError: anything a user can put right, said in one line.
     """
-    check_folders(config)
-    fixed = read_run(config) if config.resume and not config.dry_run else None
-    source = load_source(config.model)
+    with join(config.device) as processes:
+        # highlight=False as in main.py.
+        shown = console if processes.is_first else Console(quiet=True, highlight=False)
+        _run(config, shown, processes)
+
+
+def _run(config: RunConfig, console: Console, processes: Processes) -> None:
+    processes.on_first(lambda: check_folders(config))
+    resumes = config.resume and not config.dry_run
+    fixed = processes.on_first(lambda: read_run(config)) if resumes else None
+    source = _load_source(config, processes)
     context = context_length(source.model, config.context)
-    corpus = load_corpus(
-        config.data,
-        source.tokenizer,
-        context=context,
-        held_out=config.held_out,
-        eval_files=config.eval_data,
+    corpus = processes.first_to_last(
+        lambda: load_corpus(
+            config.data,
+            source.tokenizer,
+            context=context,
+            held_out=config.held_out,
+            eval_files=config.eval_data,
+        )
     )
     if fixed is not None:
         check_same_data(fixed, corpus)
-    layers = choose_layers(source.model, config.nm, scaling_blocks=config.scaling_blocks)
-    plan = _plan(config, source, corpus, layers, context, fixed)
+    # Of the weights, which the first process has.
+    plan = processes.on_first(lambda: _plan(config, source, corpus, context, fixed, processes))
+    if fixed is not None:
+        check_same_step(fixed, plan)
     console.print(render_plan(plan, config))
     # A run that is resumed was allowed when it started.
     warning = check_travel(plan, allowed=config.allow_short_travel or fixed is not None)
     if warning:
         console.print(f"warning: {warning}", style="yellow", markup=False)
-    if config.dry_run:
-        return
-    _train(config, source, corpus, plan, fixed, console)
+    if not config.dry_run:
+        _train(config, source, corpus, plan, fixed, console, processes)
+
+
+def _load_source(config: RunConfig, processes: Processes) -> Source:
+    if config.parallel == "ddp" or processes.count == 1:
+        return load_source(config.model)
+    loaded = [load_source(config.model)] if processes.is_first else []
+    dtype = processes.on_first(lambda: loaded[0].dtype)
+    return loaded[0] if loaded else load_empty_source(config.model, dtype)
 
 
 def _plan(
     config: RunConfig,
     source: Source,
     corpus: Corpus,
-    layers: list[LayerChoice],
     context: int,
     fixed: Fixed | None,
+    processes: Processes,
 ) -> Plan:
     parameters = sum(p.numel() for p in source.model.parameters())
     width = 2 if config.compute == "bf16" else 4
     return make_plan(
         config,
         source.model,
-        layers,
+        choose_layers(source.model, config.nm, scaling_blocks=config.scaling_blocks),
         context=context,
         train_blocks=len(corpus.train),
         eval_blocks=len(corpus.evaluation),
         evaluated_on=corpus.evaluated_on,
         teacher_bytes=parameters * width if config.eta else 0,
         lambda_=fixed.lambda_ if fixed else config.lambda_,
+        processes=processes.count,
     )
 
 
@@ -91,71 +125,65 @@ def _train(
     plan: Plan,
     fixed: Fixed | None,
     console: Console,
+    processes: Processes,
 ) -> None:
-    device = torch.device(
-        "cuda" if config.device == "auto" and torch.cuda.is_available() else "cpu"
-    )
-    model = source.model
-    model.to(device)  # type: ignore[arg-type]  # hidden by a decorator of transformers
     stream = BlockStream(
-        corpus.train,
-        length=plan.steps * config.batch_size * config.gradient_accumulation,
-        seed=config.seed,
+        corpus.train, length=plan.steps * plan.sequences_per_step, seed=config.seed
     )
-    teacher = _teacher(source, config) if config.eta > 0 else None
-    dense_loss = fixed.dense_loss if fixed else mean_loss(model, corpus.evaluation)
-    add_scales(model, list(plan.layers), scaling_blocks=config.scaling_blocks)
+    teacher = _teacher(source, config, processes) if config.eta > 0 else None
+    add_scales(source.model, list(plan.layers), scaling_blocks=config.scaling_blocks)
+    if config.gradient_checkpointing:
+        recompute_activations(source.model)
+    if config.compile:
+        compile_blocks(source.model)
+    model = _spread(config, source.model, processes)
+    gradient = Gradient(config, model, teacher, stream, processes)
     if fixed is None:
+        # With scales of one the model is still the dense one.
+        dense_loss = mean_loss(model, corpus.evaluation, processes=processes)
         fixed = Fixed(
             steps=plan.steps,
             context=plan.context,
+            sequences_per_step=plan.sequences_per_step,
             lr=plan.lr,
-            lambda_=config.lambda_ or measure_lambda(model, stream, config),
+            lambda_=config.lambda_ or measure_lambda(gradient),
             data_sha256=corpus.sha256,
             dense_loss=dense_loss,
         )
-        write_run(config, fixed)
-    checkpoint = last_checkpoint(config.run_dir) if config.resume else None
-    done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+        begun = fixed
+        processes.on_first(lambda: write_run(config, begun))
+    guess = math.log(source.model.config.get_text_config().vocab_size)
+    training = Training(config, fixed, gradient, guess=guess)
+    found = processes.on_first(lambda: last_checkpoint(config.run_dir)) if config.resume else None
+    done = checkpoint.load(found, model, training.optimizer, processes) if found else 0
     if config.resume:
         console.print(f"resuming after step {done} of {fixed.steps}", markup=False)
-    trainer = CastTrainer(
-        config,
-        fixed,
-        model,
-        teacher,
-        stream,
-        callbacks=[tensorboard(config, first_step=done + 1)],
-    )
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    history = trainer.state.log_history
-    del trainer, teacher
-    _finish(config, source, corpus, plan, fixed, console, history)
+    if processes.is_first:
+        with Journal(config.run_dir, console, done=done, steps=fixed.steps) as journal:
+            training.run(done, journal)
+    else:
+        training.run(done, None)
+    del training, gradient, teacher
+    _finish(config, source, model, corpus, plan, fixed, console, processes)
 
 
 def _finish(
     config: RunConfig,
     source: Source,
+    model: nn.Module,
     corpus: Corpus,
     plan: Plan,
     fixed: Fixed,
     console: Console,
-    history: list[dict[str, Any]],
+    processes: Processes,
 ) -> None:
     """Evaluate, prune, fold, evaluate again, export and plot."""
-    model = source.model
-    before = mean_loss(model, corpus.evaluation)
-    training_form = config.run_dir / "training-form"
-    shutil.rmtree(training_form, ignore_errors=True)
-    write_training_form(
-        model,
-        source.folder,
-        training_form,
-        pattern=config.pattern,
-        ignore=[layer.name for layer in plan.layers if layer.dense_because],
-    )
+    before = mean_loss(model, corpus.evaluation, processes=processes)
+    weights = whole_weights(source.model)
+    processes.on_first(lambda: _write_training_form(config, source, plan, weights))
     prune_and_fold_(model, config)
-    after = mean_loss(model, corpus.evaluation)
+    after = mean_loss(model, corpus.evaluation, processes=processes)
+    weights = whole_weights(source.model) if config.pattern != "2:4" else {}
     evaluation = {
         "on": corpus.evaluated_on,
         "tokens": corpus.evaluation.numel(),
@@ -164,18 +192,10 @@ def _finish(
         "perplexity_before_prune": to_perplexity(before),
         "perplexity_after_prune": to_perplexity(after),
     }
-    dtype = source.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-    publish(
-        model,
-        training_form,
-        config,
-        dtype=dtype,
-        provenance=_provenance(config, plan, fixed, evaluation),
-    )
-    # Only the last checkpoint is left of the intermediate forms.
-    shutil.rmtree(training_form)
-    write_plots(history, config.run_dir / "plots")
-    stored = "float32" if config.export_form == "training" else dtype_name(dtype)
+    provenance = _provenance(config, plan, fixed, evaluation)
+    processes.on_first(lambda: _export(config, source, weights, provenance))
+    dtype = dtype_name(_stored_dtype(config, source))
+    stored = "float32" if config.export_form == "training" else dtype
     for key in ("perplexity_dense", "perplexity_before_prune", "perplexity_after_prune"):
         label = key.removeprefix("perplexity_").replace("_", " ")
         console.print(
@@ -183,6 +203,62 @@ def _finish(
         )
     console.print(f"wrote {config.output} ({config.export_form}, {stored})", markup=False)
     console.print(f"logs and plots: {config.run_dir}", markup=False)
+
+
+def _write_training_form(
+    config: RunConfig, source: Source, plan: Plan, weights: dict[str, torch.Tensor]
+) -> None:
+    """Write the unpruned model, of which all forms of output are made."""
+    target = config.run_dir / _TRAINING_FORM
+    with _output_errors(config):
+        shutil.rmtree(target, ignore_errors=True)
+        write_training_form(
+            source.model,
+            weights,
+            source.folder,
+            target,
+            pattern=config.pattern,
+            ignore=[layer.name for layer in plan.layers if layer.dense_because],
+        )
+
+
+def _export(
+    config: RunConfig,
+    source: Source,
+    pruned: dict[str, torch.Tensor],
+    provenance: dict[str, Any],
+) -> None:
+    """Write config.output, and the plots of the run."""
+    training_form = config.run_dir / _TRAINING_FORM
+    with _output_errors(config):
+        publish(
+            source.model,
+            pruned,
+            training_form,
+            config,
+            dtype=_stored_dtype(config, source),
+            provenance=provenance,
+        )
+        # Only the last checkpoint is left of the intermediate forms.
+        shutil.rmtree(training_form)
+        write_plots(read_history(config.run_dir), config.run_dir / "plots")
+
+
+@contextmanager
+def _output_errors(config: RunConfig) -> Iterator[None]:
+    """Raise RunError where the disk is full or a folder cannot be written."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RunError(
+            f"output: cannot write {config.output} ({reason}); the training is done and saved: "
+            "make room and write it with --resume"
+        ) from error
+
+
+def _stored_dtype(config: RunConfig, source: Source) -> torch.dtype:
+    return source.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
 
 
 def check_same_data(fixed: Fixed, corpus: Corpus) -> None:
@@ -194,10 +270,32 @@ def check_same_data(fixed: Fixed, corpus: Corpus) -> None:
         )
 
 
-def _teacher(source: Source, config: RunConfig) -> PreTrainedModel:
+def check_same_step(fixed: Fixed, plan: Plan) -> None:
+    """Raise RunError if a step would have more or fewer sequences than the run was started with."""
+    if fixed.sequences_per_step != plan.sequences_per_step:
+        raise RunError(
+            f"resume: the run was started with {fixed.sequences_per_step} sequences a step, and "
+            f"processes x batch_size x gradient_accumulation is now {plan.sequences_per_step}; "
+            "change batch_size or gradient_accumulation so that it is the same"
+        )
+
+
+def _teacher(source: Source, config: RunConfig, processes: Processes) -> PreTrainedModel:
     """A frozen copy of the dense model, in the dtype of the forward pass."""
     teacher = copy.deepcopy(source.model).requires_grad_(False).eval()
-    return teacher.to(torch.bfloat16) if config.compute == "bf16" else teacher
+    if config.compute == "bf16":
+        teacher = teacher.to(torch.bfloat16)
+    if config.compile:
+        compile_blocks(teacher)
+    _spread(config, teacher, processes)
+    return teacher
+
+
+def _spread(config: RunConfig, model: PreTrainedModel, processes: Processes) -> nn.Module:
+    if config.parallel == "ddp" or processes.count == 1:
+        return replicate(model, processes)
+    shard(model, processes)
+    return model
 
 
 def _provenance(
@@ -210,7 +308,8 @@ def _provenance(
         "data": {"files": [path.name for path in config.data], "sha256": fixed.data_sha256},
         "tokens": plan.tokens,
         "steps": fixed.steps,
-        "batch": config.batch_size * config.gradient_accumulation,
+        "batch": plan.sequences_per_step,
+        "processes": plan.processes,
         "context": fixed.context,
         "lambda": fixed.lambda_,
         "lr": fixed.lr,

@@ -1,19 +1,22 @@
-"""Resuming a run: bit-exact after kill -9 in a step and in a save, refused when it is another run.
+"""Resuming a run: bit-exact after kill -9 in a step, in a save and anywhere; refused elsewhere.
 
-The model is GPT-2 with dropout, so the random state has to come back as well.
+The model is GPT-2 with dropout, so random numbers have to come back as well.
 """
 
 import dataclasses
 import os
+import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from training_state import read_checkpoint
 
 from cast_serve.trainer import train
 from cast_serve.trainer.errors import RunError
@@ -36,8 +39,7 @@ SETTINGS = {
 # Kills its own process at a given place: no race with a parent that would have to time it.
 DRIVER = """
 import os, signal, sys
-import torch
-from cast_serve.trainer import data
+from cast_serve.trainer import checkpoint, data
 from cast_serve.trainer.main import main
 
 where, at, *flags = sys.argv[1:]
@@ -53,13 +55,13 @@ if where == "step":
         return read(self, index)
     data.BlockStream.__getitem__ = getitem
 if where == "save":
-    save = torch.save
-    def torch_save(value, path, *rest, **options):
-        if f"checkpoint-{at}" in str(path) and str(path).endswith("optimizer.pt"):
-            open(path, "wb").write(b"half")
+    publish = checkpoint._publish
+    def half_written(staging, target, *rest):
+        if target.name == f"checkpoint-{at}":
+            (staging / "__0_0.distcp").write_bytes(b"half")
             die()
-        save(value, path, *rest, **options)
-    torch.save = torch_save
+        publish(staging, target, *rest)
+    checkpoint._publish = half_written
 sys.exit(main(flags))
 """
 
@@ -76,8 +78,18 @@ def drive(where: str, at: int, arguments: list[str]) -> subprocess.CompletedProc
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
-def optimizer_state(run_dir: Path, step: int) -> dict[int, dict[str, torch.Tensor]]:
-    return torch.load(run_dir / f"checkpoint-{step}" / "optimizer.pt")["state"]
+def assert_same(ours: Path, theirs: Path) -> None:
+    """Two finished runs have the same weights and the same state, bit for bit."""
+    expected, found = (load_file(one / "model.safetensors") for one in (theirs, ours))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    last = [checkpoints(one.with_name(f"{one.name}.run"))[-1] for one in (theirs, ours)]
+    expected, found = map(read_checkpoint, last)
+    assert expected.keys() == found.keys()
+    assert sum(name.endswith(".mask") for name in expected) == 2 * 4
+    for name, value in expected.items():
+        same = torch.equal(value, found[name]) if torch.is_tensor(value) else value == found[name]
+        assert same, name
 
 
 def test_resume_after_kill_is_bit_exact(gpt2_dir, text_file, tmp_path):
@@ -94,26 +106,95 @@ def test_resume_after_kill_is_bit_exact(gpt2_dir, text_file, tmp_path):
 
     killed = drive("save", 30, [*arguments, "--resume"])
     assert killed.returncode == -signal.SIGKILL
-    assert (run_dir / ".staging/checkpoint-30/optimizer.pt").read_bytes() == b"half"
+    assert (run_dir / ".staging/__0_0.distcp").read_bytes() == b"half"
     assert [path.name for path in checkpoints(run_dir)][-1] == "checkpoint-20"
 
     done = drive("nowhere", 0, [*arguments, "--resume"])
     assert done.returncode == 0, done.stderr
     assert "resuming after step 20 of 40" in done.stdout
 
-    expected = load_file(straight / "model.safetensors")
-    found = load_file(broken / "model.safetensors")
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
-    expected_state = optimizer_state(tmp_path / "straight.run", STEPS)
-    found_state = optimizer_state(run_dir, STEPS)
-    assert expected_state.keys() == found_state.keys()
-    masks = 0
-    for key, state in expected_state.items():
-        assert state.keys() == found_state[key].keys()
-        assert all(torch.equal(state[name], found_state[key][name]) for name in state)
-        masks += "mask" in state
-    assert masks == 2 * 4
+    assert_same(broken, straight)
+
+
+@pytest.mark.slow
+def test_resume_after_kills_at_random(gpt2_dir, text_file, tmp_path):
+    """Whatever a process was doing: it is killed five times, after its first figures are logged."""
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    often = ["--save-steps", "1", "--log-steps", "1"]
+    done = drive("nowhere", 0, [*flags(gpt2_dir, text_file, straight), *often])
+    assert done.returncode == 0, done.stderr
+    draw = random.Random(0)
+    arguments = [*flags(gpt2_dir, text_file, broken), *often]
+    log = tmp_path / "broken.run" / "log.jsonl"
+    for _ in range(5):
+        before = log.read_text() if log.exists() else ""
+        process = subprocess.Popen(
+            [sys.executable, "-c", DRIVER, "nowhere", "0", *arguments],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+        )
+        while (log.read_text() if log.exists() else "") == before and process.poll() is None:
+            time.sleep(0.005)
+        time.sleep(draw.uniform(0, 0.3))
+        process.kill()
+        process.wait()
+        if "--resume" not in arguments:
+            arguments.append("--resume")
+    done = drive("nowhere", 0, arguments)
+    assert done.returncode == 0, done.stderr
+    assert_same(broken, straight)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "one bit", "missing", "manifest"])
+def test_damaged_checkpoint_is_refused(make_config, damage):
+    config = make_config(steps=4, allow_short_travel=True, save_steps=2)
+    train.run(config, QUIET)
+    file = config.run_dir / "checkpoint-4" / "__0_0.distcp"
+    content = bytearray(file.read_bytes())
+    named = "__0_0.distcp"
+    if damage == "truncated":
+        file.write_bytes(content[:-1])
+    elif damage == "one bit":
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    elif damage == "missing":
+        file.unlink()
+    else:
+        named = "manifest.json"
+        (file.parent / named).write_text("{")
+    message = rf"checkpoint-4 is damaged: {named}.*; remove it to resume from checkpoint-2"
+    with pytest.raises(RunError, match=message):
+        train.run(dataclasses.replace(config, resume=True), QUIET)
+
+
+def test_full_disk_leaves_the_last_checkpoint(llama_dir, text_file, tmp_path):
+    """A file size limit stands for a full disk: the second save fails in the middle of a write."""
+    limited = """
+import resource, sys
+from cast_serve.trainer import checkpoint
+from cast_serve.trainer.main import main
+
+save = checkpoint.save
+def save_then_limit(*arguments, **options):
+    save(*arguments, **options)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+checkpoint.save = save_then_limit
+sys.exit(main(sys.argv[1:]))
+"""
+    arguments = [*flags(llama_dir, text_file, tmp_path / "out"), "--log-steps", "40"]
+    ended = subprocess.run(
+        [sys.executable, "-c", limited, *arguments], capture_output=True, text=True
+    )
+    assert ended.returncode == 2, ended.stderr
+    # rich breaks lines.
+    said = " ".join(ended.stderr.split())
+    assert "checkpoint-20 cannot be written" in said
+    assert "checkpoint-10: make room and continue with --resume" in said
+    names = {path.name for path in (tmp_path / "out.run").iterdir()}
+    assert names == {"run.json", "log.jsonl", "logs", "checkpoint-10"}
+    done = drive("nowhere", 0, [*arguments, "--resume"])
+    assert done.returncode == 0, done.stderr
+    assert "resuming after step 10 of 40" in done.stdout
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from training_state import read_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cast_serve.kernels.packing import check, unpack
@@ -19,7 +20,11 @@ from cast_serve.trainer.calibrate import measure_lambda
 from cast_serve.trainer.data import BlockStream
 from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.evaluate import perplexity
+from cast_serve.trainer.gradient import Gradient
+from cast_serve.trainer.journal import read_history
 from cast_serve.trainer.layers import add_scales, choose_layers
+from cast_serve.trainer.processes import ALONE
+from cast_serve.trainer.run_dir import checkpoints
 from cast_serve.trainer.source import load_source
 
 QUIET = Console(quiet=True)
@@ -105,8 +110,11 @@ def test_provenance(trained):
 
 def test_logs_and_plots(trained):
     config, _ = trained
-    state = json.loads((config.run_dir / "checkpoint-12/trainer_state.json").read_text())
-    entry = next(e for e in state["log_history"] if e["step"] == 12)
+    entries = read_history(config.run_dir)
+    assert [entry["step"] for entry in entries] == [1, *range(2, 13, 2)]
+    entry = entries[-1]
+    assert entry["tokens"] == 12 * 4 * 32
+    assert entry["tokens_per_s"] > 0
     assert entry["loss"] == pytest.approx(entry["kl"] / 3 + entry["ce"] * 2 / 3, rel=1e-4)
     assert entry["masked_magnitude"] < entry["kept_magnitude"]
     assert 0 < entry["sparse_weight_ratio"] < 1
@@ -172,9 +180,10 @@ def test_measure_lambda_is_the_rms_gradient(make_config, tiny_models):
     model.zero_grad()
     layers = choose_layers(model, config.nm, scaling_blocks=2)
     add_scales(model, layers, scaling_blocks=2)
-    assert measure_lambda(model, stream, config) == pytest.approx(expected, rel=1e-4)
-    clipped = measure_lambda(model, stream, make_config(clip=1e-3, eta=0.25, batch_size=2))
-    assert clipped < expected / 100
+    gradient = Gradient(config, model, None, stream, ALONE)
+    assert measure_lambda(gradient) == pytest.approx(expected, rel=1e-4)
+    gradient.config = make_config(clip=1e-3, eta=0.25, batch_size=2)
+    assert measure_lambda(gradient) < expected / 100
 
 
 def test_lambda_is_measured_and_kept(make_config):
@@ -217,8 +226,25 @@ def test_eta_zero_has_no_teacher(make_config, monkeypatch):
     monkeypatch.setattr(train, "_teacher", fail)
     config = make_config(allow_short_travel=True, eta=0.0, steps=2)
     run(config)
-    state = json.loads((config.run_dir / "checkpoint-2/trainer_state.json").read_text())
-    assert "kl" not in state["log_history"][0]
+    assert "kl" not in read_history(config.run_dir)[0]
+
+
+def test_exploding_loss_stops_the_run(make_config):
+    # The rate rises slowly to what no model survives, so some checkpoints are from before.
+    config = make_config(allow_short_travel=True, lr=3.0, warmup=0.9, save_steps=2, steps=100)
+    with pytest.raises(RunError, match=r"the (loss|gradient) is .* by step") as caught:
+        run(config)
+    saved = checkpoints(config.run_dir)
+    assert f"the last good checkpoint is {saved[-1]}" in str(caught.value)
+    state = read_checkpoint(saved[-1])
+    assert all(value.isfinite().all() for value in state.values() if torch.is_tensor(value))
+    assert not config.output.exists()
+
+
+def test_loss_limit(make_config):
+    config = make_config(allow_short_travel=True, loss_limit=1.0)
+    with pytest.raises(RunError, match=r"above the limit of 1, by step 1; there is no checkpoint"):
+        run(config)
 
 
 def test_long_run_empties_the_masked_weights(make_config):
@@ -226,9 +252,7 @@ def test_long_run_empties_the_masked_weights(make_config):
     config = make_config(lr=None, lambda_=None, steps=400, context=16, batch_size=2)
     run(config)
     record = json.loads((config.output / "cast.json").read_text())["evaluation"]
-    state = json.loads((config.run_dir / "checkpoint-400/trainer_state.json").read_text())
-    ratio = [e["sparse_weight_ratio"] for e in state["log_history"] if "loss" in e]
-    assert ratio[-1] > 0.99
+    assert read_history(config.run_dir)[-1]["sparse_weight_ratio"] > 0.99
     change = record["perplexity_after_prune"] / record["perplexity_before_prune"]
     assert change == pytest.approx(1, abs=0.01)
 

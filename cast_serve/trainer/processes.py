@@ -1,0 +1,107 @@
+"""The processes of a run, as torchrun or accelerate launch start them: one a GPU, or gloo on CPUs.
+
+Everything that one process does for all, such as reading the model or writing a file, goes through
+`on_first`: an error there is raised in every process, so none is left waiting for the others.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import distributed
+
+from cast_serve.trainer.errors import RunError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Processes:
+    """This process among `count` of them; `rank` 0 is the first, which prints and writes."""
+
+    rank: int
+    count: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def on_first(self, work: Callable[[], T]) -> T:
+        """What `work` returns in the first process; it must be picklable where there are several.
+
+        Raises:
+            RunError: raised by `work`, in every process.
+        """
+        if self.count == 1:
+            return work()
+        outcome: list[object] = [None, None]
+        if self.is_first:
+            try:
+                outcome[0] = work()
+            except RunError as error:
+                outcome[1] = str(error)
+        distributed.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise RunError(str(outcome[1]))
+        return outcome[0]  # type: ignore[return-value]
+
+    def first_to_last(self, work: Callable[[], T]) -> T:
+        """`work` in every process, in the first one before all others, which find its cache.
+
+        Raises:
+            RunError: raised by `work` in the first process, in every process.
+        """
+        done: list[T] = []
+        self.on_first(lambda: done.append(work()))
+        return done[0] if done else work()
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The element-wise sum of every process' `values`, in place."""
+        if self.count > 1:
+            distributed.all_reduce(values)
+        return values
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.count > 1:
+            distributed.barrier()
+
+
+ALONE = Processes(rank=0, count=1, device=torch.device("cpu"))
+
+
+@contextmanager
+def join(device: str) -> Iterator[Processes]:
+    """This process among those that were started with it, until the end of the block.
+
+    Args:
+        device: "cpu", or "auto" for the GPU of this process' number on its host, if there is one.
+
+    Raises:
+        RunError: more processes than GPUs on this host.
+    """
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    on_gpu = device == "auto" and torch.cuda.is_available()
+    place = torch.device("cpu")
+    if on_gpu:
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        if local >= torch.cuda.device_count():
+            raise RunError(
+                f"process {local} of this host has no GPU: there are {torch.cuda.device_count()}; "
+                f"start {torch.cuda.device_count()} processes"
+            )
+        place = torch.device("cuda", local)
+        torch.cuda.set_device(place)
+    if count == 1:
+        yield Processes(rank=0, count=1, device=place)
+        return
+    distributed.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        yield Processes(rank=rank, count=count, device=place)
+    finally:
+        distributed.destroy_process_group()
