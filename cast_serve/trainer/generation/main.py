@@ -1,0 +1,167 @@
+"""cast-train generate: the dense model writes text to train its sparse form on, through vLLM.
+
+For users without a pretraining corpus. What a model writes is its own distribution, there is no end
+of it, and the KL of Eq. 13 asks for nothing else; but what it knows and never writes is not in it.
+
+    OUT.jsonl         one object a text: {"text": ..., "request": number, "tokens": count}
+    OUT.jsonl.json    the settings, which must be the same when it is continued
+
+Called again, it goes on until there are --tokens of them. Text number i is asked for with prompt i;
+sampling is seeded, but what a GPU samples depends on the batch that it is in.
+"""
+
+import argparse
+import json
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cast_serve.trainer.arguments import Parser
+from cast_serve.trainer.errors import RunError
+
+# Requests handed to vLLM at once: enough to keep it busy, few enough to lose when it is stopped.
+_BATCH = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What decides which texts are written."""
+
+    model: str
+    prompts: tuple[str, ...]
+    prompt_tokens: int
+    unprompted: float
+    temperature: float
+    top_p: float
+    context: int
+    least_tokens: int
+    seed: int
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="cast-train generate",
+        description="Have a model write text to train on, through vLLM.",
+        epilog="Flags after -- go to vLLM's engine, such as -- --tensor-parallel-size 2",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="dense checkpoint")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="a .jsonl file")
+    parser.add_argument(
+        "--tokens", type=int, required=True, metavar="N", help="tokens to write, prompts left out"
+    )
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="text whose beginnings are continued, in any form that training reads; default: none",
+    )
+    parser.add_argument(
+        "--prompt-tokens", type=int, default=16, metavar="N", help="at most, of a prompt"
+    )
+    parser.add_argument(
+        "--unprompted",
+        type=float,
+        default=0.1,
+        metavar="X",
+        help="share of texts that begin from nothing although there are prompts",
+    )
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="X")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, metavar="X", help="1 is the model's own distribution"
+    )
+    parser.add_argument(
+        "--context", type=int, default=1024, metavar="N", help="most tokens of a text"
+    )
+    parser.add_argument(
+        "--least-tokens", type=int, default=32, metavar="N", help="shorter texts are dropped"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Exit status 0: OUT holds --tokens tokens.
+
+    Raises:
+        RunError: a setting that cannot be, or other ones than the file was begun with.
+    """
+    own, engine = _split(list(arguments))
+    given = build_parser().parse_args(own)
+    settings = _settings(given)
+    if given.tokens < 1:
+        raise RunError(f"tokens: {given.tokens} is out of range; it must be at least 1")
+    _check_output(given.output, settings)
+    from cast_serve.trainer.generation.write import write
+
+    begun = time.perf_counter()
+    counts, tokens = write(given.output, settings, given.tokens, engine, batch=_BATCH)
+    seconds = time.perf_counter() - begun
+    print(_summary(given.output, counts, tokens, seconds))
+    return 0
+
+
+def _settings(given: argparse.Namespace) -> Settings:
+    ranges: dict[str, tuple[bool, str]] = {
+        "prompt_tokens": (given.prompt_tokens >= 1, "at least 1"),
+        "unprompted": (0 <= given.unprompted <= 1, "from 0 to 1"),
+        "temperature": (given.temperature > 0, "above 0: without chance texts repeat"),
+        "top_p": (0 < given.top_p <= 1, "above 0 and at most 1"),
+        "context": (given.context > given.prompt_tokens + 1, "more than prompt_tokens + 1"),
+        "least_tokens": (1 <= given.least_tokens < given.context, "from 1 to below context"),
+        "seed": (0 <= given.seed < 2**32, "from 0 to below 2^32"),
+    }
+    for name, (holds, wanted) in ranges.items():
+        if not holds:
+            raise RunError(f"{name}: {getattr(given, name)} is out of range; it must be {wanted}")
+    return Settings(
+        model=str(given.model),
+        prompts=tuple(map(str, given.prompts)),
+        **{name: getattr(given, name) for name in ranges},
+    )
+
+
+def _check_output(output: Path, settings: Settings) -> None:
+    """Record the settings of a new file; refuse to continue one with others."""
+    if output.suffix != ".jsonl":
+        raise RunError(f"output: {output} must end in .jsonl, which training reads it by")
+    record = output.with_name(f"{output.name}.json")
+    now: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
+    try:
+        if not output.exists():
+            output.parent.mkdir(parents=True, exist_ok=True)
+            record.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+            return
+        before = json.loads(record.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"output: cannot continue {output}: {error}") from error
+    changed = [
+        f"{key} was {before.get(key)}, is {now[key]}" for key in now if before[key] != now[key]
+    ]
+    if changed:
+        raise RunError(
+            f"output: {output} was begun with other settings: {'; '.join(changed)}; use the same, "
+            "or write another file"
+        )
+
+
+def _summary(output: Path, counts: Counter[str], tokens: int, seconds: float) -> str:
+    figures = {
+        "output": str(output),
+        "tokens": tokens,
+        "texts": dict(counts),
+        "seconds": round(seconds, 1),
+    }
+    return json.dumps(figures)
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    if "--" not in arguments:
+        return arguments, []
+    place = arguments.index("--")
+    return arguments[:place], arguments[place + 1 :]

@@ -1,0 +1,52 @@
+"""Beginnings for a model to continue: the first tokens of texts of the kind it should write.
+
+Without a corpus, or for a share of the texts, it begins from nothing: its BOS (or EOS) token alone.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from cast_serve.trainer.errors import RunError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """Prompt number i, for any i: it depends on `seed` and i alone.
+
+    Attributes:
+        corpus: int [tokens] of all documents, or None.
+        length: tokens of a prompt from the corpus, drawn from 1 to this.
+        unprompted: share of prompts that are `begin` alone.
+        begin: the token every text starts with.
+    """
+
+    corpus: torch.Tensor | None
+    length: int
+    unprompted: float
+    begin: int
+    seed: int
+
+    def __getitem__(self, index: int) -> list[int]:
+        draw = random.Random(self.seed * 1_000_003 + index)
+        if self.corpus is None or draw.random() < self.unprompted:
+            return [self.begin]
+        count = draw.randint(1, self.length)
+        start = draw.randrange(max(1, len(self.corpus) - count))
+        return [self.begin, *self.corpus[start : start + count].tolist()]
+
+
+def begin_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that stands before a document in training: BOS, or else EOS.
+
+    Raises:
+        RunError: the tokenizer has neither.
+    """
+    candidates: Sequence[int | None] = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    for token in candidates:
+        if token is not None:
+            return token
+    raise RunError("model: its tokenizer has neither a BOS nor an EOS token to begin a text with")

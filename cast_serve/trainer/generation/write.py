@@ -1,0 +1,184 @@
+"""Asks vLLM for texts, batch after batch, and appends those that are kept to a file."""
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from cast_serve.trainer.data import tokenize
+from cast_serve.trainer.errors import RunError
+from cast_serve.trainer.generation.distinct import Distinct, Verdict
+from cast_serve.trainer.generation.prompts import Prompts, begin_token
+
+if TYPE_CHECKING:
+    from cast_serve.trainer.generation.main import Settings
+
+
+def write(
+    output: Path, settings: "Settings", tokens: int, engine: list[str], *, batch: int
+) -> tuple[Counter[str], int]:
+    """Append texts to `output` until it has `tokens`; returns texts by verdict, and its tokens.
+
+    Args:
+        engine: flags of vLLM's engine.
+        batch: requests that vLLM is given at once.
+
+    Raises:
+        RunError: the model cannot be loaded, the file is damaged or cannot be written, or hardly
+            any text is kept.
+    """
+    tokenizer = _tokenizer(settings.model)
+    distinct = Distinct(least=settings.least_tokens)
+    written, request = _recall(output, tokenizer, distinct)
+    counts: Counter[str] = Counter()
+    if written >= tokens:
+        return counts, written
+    prompts = _prompts(settings, tokenizer)
+    llm = _start(settings, engine)
+    with output.open("a", encoding="utf-8") as file, _bar() as bar:
+        task = bar.add_task("tokens", total=tokens, completed=written, found="")
+        while written < tokens:
+            asked = [prompts[request + index] for index in range(batch)]
+            kept = 0
+            for index, generated in enumerate(_complete(llm, asked, settings, request)):
+                verdict = distinct.judge(generated)
+                counts[str(verdict)] += 1
+                if verdict is not Verdict.KEPT:
+                    continue
+                kept += 1
+                # Special tokens, such as the one that begins every text, are not text.
+                text = tokenizer.decode([*asked[index], *generated], skip_special_tokens=True)
+                line = {"text": text, "request": request + index, "tokens": len(generated)}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                written += len(generated)
+            _flush(file, output)
+            request += batch
+            bar.update(task, completed=min(written, tokens), found=_shares(counts))
+            if kept < batch // 100 + 1:
+                raise RunError(
+                    f"output: of {batch} texts {kept} were kept ({_shares(counts)}); raise "
+                    "temperature, or give prompts of more kinds"
+                )
+    llm.llm_engine.engine_core.shutdown()
+    return counts, written
+
+
+def _tokenizer(model: str) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            model, local_files_only=True
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise RunError(f"model: cannot load the tokenizer of {model}: {reason}") from error
+    return tokenizer
+
+
+def _recall(
+    output: Path, tokenizer: PreTrainedTokenizerBase, distinct: Distinct
+) -> tuple[int, int]:
+    """Tokens in `output`, and the number of its next request; `distinct` is told its texts.
+
+    A last line that was cut off is removed.
+    """
+    if not output.exists():
+        return 0, 0
+    content = output.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        os.truncate(output, len(whole))
+    tokens, following = 0, 0
+    for number, line in enumerate(whole.decode("utf-8").split("\n")[:-1], start=1):
+        try:
+            row = json.loads(line)
+            text, request, count = str(row["text"]), int(row["request"]), int(row["tokens"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{output}: line {number} is not of cast-train generate") from error
+        distinct.judge(tokenizer(text, add_special_tokens=False)["input_ids"][-count:])
+        tokens += count
+        following = max(following, request + 1)
+    return tokens, following
+
+
+def _prompts(settings: "Settings", tokenizer: PreTrainedTokenizerBase) -> Prompts:
+    files = tuple(map(Path, settings.prompts))
+    corpus: torch.Tensor | None = tokenize(files, tokenizer) if files else None
+    return Prompts(
+        corpus=corpus,
+        length=settings.prompt_tokens,
+        unprompted=settings.unprompted,
+        begin=begin_token(tokenizer),
+        seed=settings.seed,
+    )
+
+
+def _start(settings: "Settings", engine: list[str]) -> Any:
+    """A vLLM engine for the model."""
+    # stdout is for the result.
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    from vllm import LLM
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    flags = ["--model", settings.model, "--max-model-len", str(settings.context)]
+    flags += ["--seed", str(settings.seed), "--no-enable-prefix-caching", *engine]
+    try:
+        return LLM.from_engine_args(EngineArgs.from_cli_args(parser.parse_args(flags)))
+    except (RuntimeError, ValueError, OSError) as error:
+        raise RunError(f"model: vLLM cannot serve {settings.model}: {error}") from error
+
+
+def _complete(
+    llm: Any, prompts: list[list[int]], settings: "Settings", request: int
+) -> list[list[int]]:
+    """The tokens that the model writes after each prompt, without its end-of-text token."""
+    from vllm import SamplingParams
+
+    sampling = [
+        SamplingParams(
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            max_tokens=settings.context - len(prompt),
+            detokenize=False,
+        )
+        for prompt in prompts
+    ]
+    asked = [{"prompt_token_ids": prompt} for prompt in prompts]
+    answers = llm.generate(asked, sampling, use_tqdm=False)
+    written = []
+    for answer in answers:
+        tokens = list(answer.outputs[0].token_ids)
+        ended = answer.outputs[0].finish_reason == "stop"
+        written.append(tokens[:-1] if ended else tokens)
+    return written
+
+
+def _flush(file: Any, output: Path) -> None:
+    try:
+        file.flush()
+    except OSError as error:
+        raise RunError(
+            f"output: cannot write {output} ({error.strerror}); make room and start it again"
+        ) from error
+
+
+def _shares(counts: Counter[str]) -> str:
+    total = sum(counts.values())
+    return ", ".join(f"{verdict} {count / total:.0%}" for verdict, count in counts.items())
+
+
+def _bar() -> Progress:
+    return Progress(
+        BarColumn(),
+        TextColumn("{task.completed:,} / {task.total:,} tokens", markup=False),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[found]}", markup=False),
+        console=Console(stderr=True, highlight=False),
+    )

@@ -1,0 +1,91 @@
+"""Generated text: what is kept, which prompts are asked, which settings are refused."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cast_serve.trainer.errors import RunError
+from cast_serve.trainer.generation import main as generate
+from cast_serve.trainer.generation.distinct import Distinct, Verdict
+from cast_serve.trainer.generation.prompts import Prompts
+
+PROSE = list(range(200))
+
+
+def test_a_text_is_kept_once():
+    distinct = Distinct(least=4)
+    assert distinct.judge(PROSE) is Verdict.KEPT
+    assert distinct.judge(PROSE) is Verdict.SEEN
+
+
+def test_a_text_that_copies_half_of_another_is_dropped():
+    distinct = Distinct(least=4)
+    distinct.judge(PROSE)
+    new = list(range(1000, 1096))
+    assert distinct.judge([*PROSE[:96], *new]) is Verdict.SEEN
+    assert distinct.judge([*PROSE[:64], *new]) is Verdict.KEPT
+
+
+def test_a_dropped_text_is_not_remembered():
+    distinct = Distinct(least=4)
+    distinct.judge(PROSE)
+    new = list(range(1000, 1096))
+    distinct.judge([*PROSE[:96], *new])
+    assert distinct.judge(new) is Verdict.KEPT
+
+
+def test_going_in_circles_and_too_short():
+    distinct = Distinct(least=10)
+    assert distinct.judge([1, 2, 3] * 50) is Verdict.CIRCLES
+    assert distinct.judge(PROSE[:9]) is Verdict.SHORT
+
+
+@given(index=st.integers(0, 10**9), seed=st.integers(0, 2**32 - 1))
+def test_prompt_depends_on_seed_and_number(index, seed):
+    corpus = torch.arange(100, 400, dtype=torch.int32)
+    prompts = Prompts(corpus=corpus, length=8, unprompted=0.25, begin=7, seed=seed)
+    first, *rest = prompts[index]
+    assert (first, rest) == (7, prompts[index][1:])
+    assert len(rest) <= 8
+    # A piece of the corpus, whose tokens count up.
+    assert rest == list(range(rest[0], rest[0] + len(rest))) if rest else True
+
+
+def test_share_of_texts_from_nothing():
+    corpus = torch.arange(500, dtype=torch.int32)
+    prompts = Prompts(corpus=corpus, length=8, unprompted=0.25, begin=7, seed=0)
+    alone = sum(prompts[index] == [7] for index in range(4000))
+    assert alone == pytest.approx(1000, abs=100)
+    nothing = Prompts(corpus=None, length=8, unprompted=0.0, begin=7, seed=0)
+    assert nothing[3] == [7]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--temperature", "0"], "temperature: 0.0 is out of range"),
+        (["--tokens", "0"], "tokens: 0 is out of range"),
+        (["--least-tokens", "2000"], "least_tokens: 2000"),
+        (["--output", "text.txt"], r"text.txt must end in .jsonl"),
+    ],
+)
+def test_refused(flags, message, tmp_path):
+    given = ["--model", str(tmp_path), "--output", str(tmp_path / "a.jsonl"), "--tokens", "9"]
+    with pytest.raises(RunError, match=message):
+        generate.main([*given, *flags])
+
+
+def test_a_file_is_continued_with_its_own_settings_only(tmp_path):
+    output = tmp_path / "a.jsonl"
+    given = ["--model", "m", "--output", str(output), "--tokens", "9"]
+    settings = generate._settings(generate.build_parser().parse_args(given))
+    generate._check_output(output, settings)
+    output.write_text("")
+    generate._check_output(output, settings)
+    other = generate._settings(generate.build_parser().parse_args([*given, "--top-p", "0.9"]))
+    with pytest.raises(RunError, match=r"top_p was 1.0, is 0.9"):
+        generate._check_output(output, other)
+    assert json.loads((tmp_path / "a.jsonl.json").read_text())["top_p"] == 1.0
