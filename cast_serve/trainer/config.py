@@ -131,6 +131,13 @@ class RunConfig:
         group="run",
         identity=False,
     )
+    offload: bool = _option(
+        False,
+        "with fsdp: keep weights, gradients and the optimizer's state in host memory, where the "
+        "optimizer then runs",
+        group="run",
+        identity=False,
+    )
     compute: Literal["fp32", "bf16"] = _option(
         "fp32", "arithmetic of the forward pass; master weights are always fp32", group="run"
     )
@@ -190,6 +197,9 @@ class RunConfig:
             raise RunError(f"output: {self.output} names no new folder; give one, such as ./sparse")
         if self.eval_data and self.held_out != type(self).held_out and self.held_out > 0:
             raise RunError("held_out: eval_data is evaluated on instead; give one of the two")
+
+        if self.offload and self.parallel != "fsdp":
+            raise RunError("offload: needs parallel=fsdp, which moves weights to the GPU in turn")
 
     @property
     def nm(self) -> Pattern:

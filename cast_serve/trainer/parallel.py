@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
@@ -44,18 +44,26 @@ def replicate(model: nn.Module, processes: Processes) -> nn.Module:
     )
 
 
-def shard(model: PreTrainedModel, processes: Processes) -> None:
+def shard(model: PreTrainedModel, processes: Processes, *, offload: bool = False) -> None:
     """Spread `model` over all processes, in place; its weights are those of the first one.
+
+    Args:
+        offload: the slices stay in host memory, and so does what is made of them.
 
     Raises:
         RunError: a Conv1D weight whose N is no multiple of the number of processes.
     """
     weights: dict[str, Any] = model.state_dict() if processes.is_first else {}
     mesh = init_device_mesh(processes.device.type, (processes.count,))
-    options = {"mesh": mesh, "shard_placement_fn": _placement(model, processes.count)}
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "shard_placement_fn": _placement(model, processes.count),
+    }
+    if offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=processes.device.type == "cuda")
     for block in decoder_blocks(model):
-        fully_shard(block, **options)  # type: ignore[call-overload]
-    fully_shard(model, **options)  # type: ignore[call-overload]
+        fully_shard(block, **options)
+    fully_shard(model, **options)
     set_model_state_dict(model, weights, options=_FROM_FIRST)
 
 

@@ -100,7 +100,8 @@ def join(device: str) -> Iterator[Processes]:
     if count == 1:
         yield Processes(rank=0, count=1, device=place)
         return
-    distributed.init_process_group("nccl" if on_gpu else "gloo")
+    # gloo on GPU machines, too: for what is offloaded to host memory, and for objects.
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     try:
         yield Processes(rank=rank, count=count, device=place)
     finally:

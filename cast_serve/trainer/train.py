@@ -294,7 +294,7 @@ def _teacher(source: Source, config: RunConfig, processes: Processes) -> PreTrai
 def _spread(config: RunConfig, model: PreTrainedModel, processes: Processes) -> nn.Module:
     if config.parallel == "ddp" or processes.count == 1:
         return replicate(model, processes)
-    shard(model, processes)
+    shard(model, processes, offload=config.offload)
     return model
 
 

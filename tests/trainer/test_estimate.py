@@ -1,0 +1,97 @@
+"""Estimates of memory and time, against what is known of models and what a small run holds."""
+
+import json
+
+import pytest
+import torch
+
+from cast_serve.trainer import estimate
+from cast_serve.trainer.capacity import GPUS, Shape, flops_per_token, memory, speed
+from cast_serve.trainer.errors import RunError
+from cast_serve.trainer.layers import add_scales, choose_layers, optimizer_groups
+from cast_serve.trainer.optim import AdamS
+
+
+def estimated(capsys, *flags: str) -> tuple[int, dict]:
+    status = estimate.main(flags)
+    return status, json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("7b", 6.74e9), ("13b", 13.02e9), ("70b", 68.98e9)]
+)
+def test_llama_2_on_eight_gpus(capsys, name, parameters):
+    status, found = estimated(capsys, "--model", f"llama-2-{name}")
+    # And the scales, two a row.
+    assert found["parameters"] == pytest.approx(parameters, rel=1e-3)
+    state = ("fp32 master weights", "fp32 gradients", "AdamS moments")
+    assert sum(found["gpu_bytes"][part] for part in state) == pytest.approx(
+        16 * found["parameters"] / 8, rel=1e-6
+    )
+    assert (status, found["fits"]) == ((1, False) if name == "70b" else (0, True))
+
+
+def test_offloaded_state_is_in_host_memory(capsys):
+    status, found = estimated(capsys, "--model", "llama-2-70b", "--offload")
+    assert status == 0
+    assert "AdamS moments" in found["host_bytes"]
+    assert "AdamS moments" not in found["gpu_bytes"]
+
+
+def test_state_is_what_a_run_holds(make_config, tiny_models):
+    config = make_config()
+    model = tiny_models["llama"]()
+    expected = memory(Shape.of(model, config), config, context=32, processes=1).gpu
+    add_scales(model, choose_layers(model, config.nm, scaling_blocks=2), scaling_blocks=2)
+    optimizer = AdamS(
+        optimizer_groups(model), lr=1e-3, decay=1e-4, total_steps=2, pattern=config.nm
+    )
+    model(input_ids=torch.zeros(1, 8, dtype=torch.long)).logits.sum().backward()
+    optimizer.step()
+    parameters = list(model.parameters())
+    assert expected["fp32 master weights"] == sum(p.nbytes for p in parameters)
+    assert expected["fp32 gradients"] == sum(p.grad.nbytes for p in parameters)
+    tensors = [
+        tensor
+        for state in optimizer.state.values()
+        for tensor in state.values()
+        if torch.is_tensor(tensor)
+    ]
+    masks = [tensor for tensor in tensors if tensor.dtype == torch.bool]
+    assert expected["masks"] == sum(mask.nbytes for mask in masks)
+    moments = sum(tensor.nbytes for tensor in tensors) - expected["masks"]
+    assert expected["AdamS moments"] == moments
+
+
+def test_two_shards_are_half_each(make_config, tiny_models):
+    one, two = make_config(), make_config(parallel="fsdp")
+    shape = Shape.of(tiny_models["llama"](), one)
+    whole = memory(shape, one, context=32, processes=2).gpu
+    half = memory(shape, two, context=32, processes=2).gpu
+    for part in ("fp32 master weights", "AdamS moments", "masks", "teacher"):
+        assert half[part] == whole[part] // 2
+    assert half["blocks put together"] > whole["blocks put together"] == 0
+
+
+def test_speed_is_arithmetic_at_the_share_of_the_peak(make_config, tiny_models):
+    config = make_config(batch_size=2, gradient_accumulation=3)
+    shape = Shape.of(tiny_models["llama"](), config)
+    found = speed(shape, config, GPUS["h100"], context=32, processes=1, mfu=0.5)
+    assert found.tokens == 2 * 3 * 32
+    flops = found.tokens * flops_per_token(shape, config, context=32)
+    assert found.arithmetic == pytest.approx(flops / (0.5 * 989e12))
+    assert found.traffic == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "llama-9"], "no configuration in llama-9.*llama-2-7b"),
+        (["--model", "llama-2-7b", "--gpu", "tpu"], "'tpu' is not known; there is a100"),
+        (["--model", "llama-2-7b", "--mfu", "2"], "mfu above 0"),
+        (["--model", "llama-2-7b", "--parallel", "ddp", "--offload"], "needs parallel=fsdp"),
+    ],
+)
+def test_refused(flags, message):
+    with pytest.raises(RunError, match=message):
+        estimate.main(flags)
