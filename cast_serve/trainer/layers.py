@@ -143,16 +143,17 @@ def scaled_layers(model: nn.Module) -> Iterator[tuple[str, ScaledLayer]]:
 
 
 def optimizer_groups(model: nn.Module) -> list[dict[str, object]]:
-    """Parameter groups for AdamS: sparsified weights by layout, and everything else."""
+    """Parameter groups for AdamS, with names: sparsified weights by layout, and everything else."""
     weights: dict[int, list[nn.Parameter]] = {}
     for _, layer in scaled_layers(model):
         weights.setdefault(layer.input_dim, []).append(layer.weight)
     sparsified = {id(weight) for group in weights.values() for weight in group}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in sparsified]
-    groups: list[dict[str, object]] = [
-        {"params": group, "input_dim": input_dim} for input_dim, group in sorted(weights.items())
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [
+        {"params": group, "param_names": [names[id(p)] for p in group], "input_dim": input_dim}
+        for input_dim, group in (*sorted(weights.items()), (None, rest))
     ]
-    return [*groups, {"params": rest, "input_dim": None}]
 
 
 def _blocks_name(model: PreTrainedModel) -> str:

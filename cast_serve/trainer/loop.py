@@ -47,7 +47,12 @@ class CastTrainer(Trainer):
         callbacks: list[TrainerCallback],
     ) -> None:
         arguments = training_arguments(config, fixed)
-        schedule = Schedule(steps=fixed.steps, warmup=config.warmup, floor=config.lr_floor)
+        schedule = Schedule(
+            steps=fixed.steps,
+            warmup=config.warmup,
+            floor=config.lr_floor,
+            decay_ramp=config.decay_ramp,
+        )
         self.config = config
         self.teacher = teacher
         self._logits = torch.compile(_logits) if config.compile else _logits
@@ -60,6 +65,7 @@ class CastTrainer(Trainer):
             betas=(config.beta1, config.beta2),
             eps=config.eps,
             mask_interval=config.mask_interval,
+            decay_ramp=config.decay_ramp,
         )
         super().__init__(
             model=model,
