@@ -9,7 +9,7 @@ What the kernels do not take goes through the reference, with one warning that s
 
 import logging
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from triton import knobs
@@ -47,52 +47,56 @@ COLUMN_ROUNDS = 8
 _ACCESS = 16
 
 
-class _Launch(NamedTuple):
-    """What the weights of one launch have in common."""
-
-    kind: str
-    device: torch.device
-    masked: bool
-    aligned: bool
-
-
 class Fused:
     """`Implementation` by Triton kernels; one object a parameter group."""
 
     def __init__(self) -> None:
         self._reference = Reference()
-        self._tables: dict[_Launch, _Table] = {}
+        self._slots: Sequence[Slot] = ()
+        # Of each gradient whether 16-byte accesses may read it, or why no kernel may.
+        self._forms: list[bool | str] = []
+        self._updates: list[_Update] = []
+        self._left: list[int] = []
+        self._tables: dict[tuple[torch.device, bool], _Table] = {}
         self._warned: set[str] = set()
 
-    def update(self, slots: Sequence[Slot], numbers: StepNumbers) -> None:
+    def update(
+        self, slots: Sequence[Slot], grads: Sequence[torch.Tensor], numbers: StepNumbers
+    ) -> None:
         """See `Implementation`."""
-        by_launch: dict[_Launch, list[list[int]]] = {}
-        left = []
-        for slot in slots:
-            reason = _unfit(slot)
+        addresses = [grad.data_ptr() for grad in grads]
+        forms = [
+            address % _ACCESS == 0
+            if grad.dtype is torch.float32 and grad.is_contiguous()
+            else "its gradient is not contiguous, or not float32"
+            for grad, address in zip(grads, addresses, strict=True)
+        ]
+        if slots is not self._slots or forms != self._forms:
+            self._bind(slots, forms)
+        arguments = _arguments(numbers)
+        for update in self._updates:
+            update.run([addresses[place] for place in update.places], arguments)
+        if self._left:
+            left = [slots[place] for place in self._left]
+            self._reference.update(left, [grads[place] for place in self._left], numbers)
+
+    def _bind(self, slots: Sequence[Slot], forms: list[bool | str]) -> None:
+        """Sort the weights into launches."""
+        places: dict[tuple[torch.device, bool, bool], list[int]] = {}
+        self._slots, self._forms, self._left = slots, forms, []
+        for place, (slot, form) in enumerate(zip(slots, forms, strict=True)):
+            reason = form if isinstance(form, str) else _unfit(slot)
             if reason is not None:
                 self._warn(reason)
-                left.append(slot)
+                self._left.append(place)
                 continue
-            row = [0 if tensor is None else tensor.data_ptr() for tensor in slot]
-            aligned = not any(address % _ACCESS for address in row)
-            launch = _Launch("update", slot.weight.device, slot.mask is not None, aligned)
-            by_launch.setdefault(launch, []).append([*row, slot.weight.numel()])
-        chunk = BLOCK * UNROLL * ROUNDS
-        for launch, rows in by_launch.items():
-            table = self._table(launch, rows, [-(-row[-1] // chunk) for row in rows])
-            table.launch(
-                update_kernel,
-                *_arguments(numbers),
-                COLUMNS=UPDATE_COLUMNS,
-                MASKED=launch.masked,
-                ALIGNED=launch.aligned,
-                BLOCK=BLOCK,
-                UNROLL=UNROLL,
-                ROUNDS=ROUNDS,
-                num_warps=WARPS,
-            )
-        self._reference.update(left, numbers)
+            aligned = bool(form) and not any(t is not None and t.data_ptr() % _ACCESS for t in slot)
+            key = (slot.weight.device, slot.mask is not None, aligned)
+            places.setdefault(key, []).append(place)
+        self._updates = [
+            _Update(slots, found, masked=masked, aligned=aligned)
+            for (_, masked, aligned), found in places.items()
+        ]
 
     def refresh(
         self,
@@ -104,7 +108,7 @@ class Fused:
     ) -> torch.Tensor:
         """See `Implementation`."""
         changed = torch.zeros((), dtype=torch.int64, device=weights[0].device)
-        by_launch: dict[_Launch, list[list[int]]] = {}
+        by_launch: dict[tuple[torch.device, bool], list[list[int]]] = {}
         left: list[torch.Tensor] = []
         left_masks: list[torch.Tensor] = []
         for weight, mask in zip(weights, masks, strict=True):
@@ -119,16 +123,20 @@ class Fused:
             row = [weight.data_ptr(), mask.data_ptr()]
             row += [inputs * others, 1] if input_dim == 1 else [inputs, others]
             aligned = not any(address % _ACCESS for address in row[:2])
-            launch = _Launch("refresh", weight.device, True, aligned)
-            by_launch.setdefault(launch, []).append(row)
-        for launch, rows in by_launch.items():
-            changed += self._refresh(launch, rows, pattern, input_dim)
+            by_launch.setdefault((weight.device, aligned), []).append(row)
+        for key, rows in by_launch.items():
+            changed += self._refresh(*key, rows, pattern, input_dim)
         if left:
             changed += self._reference.refresh(left, left_masks, pattern, input_dim=input_dim)
         return changed
 
     def _refresh(
-        self, launch: _Launch, rows: list[list[int]], pattern: Pattern, input_dim: int
+        self,
+        device: torch.device,
+        aligned: bool,
+        rows: list[list[int]],
+        pattern: Pattern,
+        input_dim: int,
     ) -> torch.Tensor:
         kernel: Any
         options: dict[str, object]
@@ -136,16 +144,19 @@ class Fused:
             # 16 weights in flight a lane.
             unroll = max(GROUPS) // pattern.group
             kernel = refresh_rows_kernel
-            options = {"ALIGNED": launch.aligned, "LANES": LANES, "UNROLL": unroll}
+            options = {"ALIGNED": aligned, "LANES": LANES, "UNROLL": unroll}
             options |= {"ROUNDS": REFRESH_ROUNDS, "num_warps": WARPS}
             programs = [-(-row[2] // (LANES * unroll * REFRESH_ROUNDS)) for row in rows]
         else:
             kernel = refresh_columns_kernel
             options = {"BLOCK": COLUMN_BLOCK, "ROUNDS": COLUMN_ROUNDS, "num_warps": COLUMN_WARPS}
             programs = [-(-row[2] // COLUMN_ROUNDS) * -(-row[3] // COLUMN_BLOCK) for row in rows]
-        table = self._table(launch, rows, programs)
+        if (device, aligned) not in self._tables:
+            self._tables[device, aligned] = _Table(device)
+        table = self._tables[device, aligned]
+        table.hold(rows, programs)
         # Sums a program and not an atomic sum: thousands of programs would wait for one address.
-        changed = torch.zeros(sum(programs), dtype=torch.int32, device=launch.device)
+        changed = torch.zeros(sum(programs), dtype=torch.int32, device=device)
         table.launch(
             kernel,
             changed,
@@ -156,17 +167,48 @@ class Fused:
         )
         return changed.sum(dtype=torch.int64)
 
-    def _table(self, launch: _Launch, rows: list[list[int]], programs: list[int]) -> "_Table":
-        if launch not in self._tables:
-            self._tables[launch] = _Table(launch.device)
-        table = self._tables[launch]
-        table.hold(rows, programs)
-        return table
-
     def _warn(self, reason: str) -> None:
         if reason not in self._warned:
             self._warned.add(reason)
             _log.warning("AdamS: a weight takes the slow way: %s", reason)
+
+
+class _Update:
+    """One launch of `update_kernel`: the slots at `places`, which are alike."""
+
+    def __init__(
+        self, slots: Sequence[Slot], places: list[int], *, masked: bool, aligned: bool
+    ) -> None:
+        self.places = places
+        self._device = slots[places[0]].weight.device
+        self._constants = {"MASKED": masked, "ALIGNED": aligned}
+        self._addresses: list[int] = []
+        self._grads: torch.Tensor
+        rows, programs = [], []
+        for place in places:
+            weight, mu, nu, mask = slots[place]
+            row = [weight.data_ptr(), mu.data_ptr(), nu.data_ptr()]
+            rows.append([*row, mask.data_ptr() if mask is not None else 0, weight.numel()])
+            programs.append(-(-weight.numel() // (BLOCK * UNROLL * ROUNDS)))
+        self._table = _Table(self._device)
+        self._table.hold(rows, programs)
+
+    def run(self, grads: list[int], arguments: tuple[float, ...]) -> None:
+        """Launch with gradients at these addresses, which every backward pass may change."""
+        if grads != self._addresses:
+            self._grads = _send(torch.tensor(grads, dtype=torch.int64), self._device)
+            self._addresses = grads
+        self._table.launch(
+            update_kernel,
+            self._grads,
+            *arguments,
+            COLUMNS=UPDATE_COLUMNS,
+            **self._constants,
+            BLOCK=BLOCK,
+            UNROLL=UNROLL,
+            ROUNDS=ROUNDS,
+            num_warps=WARPS,
+        )
 
 
 class _Table:
@@ -182,9 +224,9 @@ class _Table:
     def hold(self, rows: list[list[int]], programs: list[int]) -> None:
         """Take the table's `rows`, one a tensor, and how many programs each tensor gets."""
         if programs != self._programs:
-            counts = torch.tensor(programs)
-            owner = torch.repeat_interleave(torch.arange(len(programs), dtype=torch.int32), counts)
-            self._owner = self._send(owner)
+            owner = torch.arange(len(programs), dtype=torch.int32)
+            owner = owner.repeat_interleave(torch.tensor(programs))
+            self._owner = _send(owner, self._device)
             self._programs, self._rows = programs, []
         if rows != self._rows:
             first = 0
@@ -192,22 +234,24 @@ class _Table:
             for row, count in zip(rows, programs, strict=True):
                 flat += [*row, first]
                 first += count
-            self._table = self._send(torch.tensor(flat, dtype=torch.int64))
+            self._table = _send(torch.tensor(flat, dtype=torch.int64), self._device)
             self._rows = rows
 
     def launch(self, kernel: Any, *arguments: object, **options: object) -> None:
-        """Run `kernel` with one program for each of all tensors' programs."""
-        if not self._owner.numel():
-            return
-        # Triton launches on the current device, which need not be the tensors'.
-        with torch.cuda.device_of(self._table):
-            kernel[(self._owner.numel(),)](self._table, self._owner, *arguments, **options)
+        """Run `kernel` with all programs of all tensors."""
+        programs = self._owner.numel()
+        # A rank's shards may all be empty.
+        if programs:
+            # Triton launches on the current device, which need not be the tensors'.
+            with torch.cuda.device_of(self._table):
+                kernel[(programs,)](self._table, self._owner, *arguments, **options)
 
-    def _send(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self._device.type == "cuda":
-            # From pinned memory the copy is queued; from any other the host would wait for it.
-            tensor = tensor.pin_memory()
-        return tensor.to(self._device, non_blocking=True)
+
+def _send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    if device.type == "cuda":
+        # From pinned memory the copy is queued; from any other the host would wait for it.
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def _arguments(numbers: StepNumbers) -> tuple[float, ...]:
@@ -228,7 +272,7 @@ def _arguments(numbers: StepNumbers) -> tuple[float, ...]:
 
 def _unfit(slot: Slot) -> str | None:
     """Why `update_kernel` cannot take this weight; None where it can."""
-    for name, tensor in zip(("weight", "gradient", "mu", "nu"), slot, strict=False):
+    for name, tensor in zip(("weight", "mu", "nu"), slot, strict=False):
         assert tensor is not None
         if tensor.dtype != torch.float32:
             return f"its {name} is {tensor.dtype}, not float32"

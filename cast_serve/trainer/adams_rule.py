@@ -15,14 +15,13 @@ from cast_serve.trainer.masks import weight_mask
 
 
 class Slot(NamedTuple):
-    """One weight's tensors as this rank holds them, all of one shape.
+    """One weight and its state as this rank holds them, all of one shape; they stay in place.
 
     Attributes:
         mask: bool, True survives; None for a weight that stays dense.
     """
 
     weight: torch.Tensor
-    grad: torch.Tensor
     mu: torch.Tensor
     nu: torch.Tensor
     mask: torch.Tensor | None
@@ -49,8 +48,13 @@ class StepNumbers:
 class Implementation(Protocol):
     """A way to compute a step of one parameter group; in place, without waiting for the device."""
 
-    def update(self, slots: Sequence[Slot], numbers: StepNumbers) -> None:
-        """Eq. 7-8: new mu, nu and weight of every slot."""
+    def update(
+        self, slots: Sequence[Slot], grads: Sequence[torch.Tensor], numbers: StepNumbers
+    ) -> None:
+        """Eq. 7-8: new mu, nu and weight of every slot, given its gradient.
+
+        The very sequence `slots` of the last call says that none of their tensors was replaced.
+        """
 
     def refresh(
         self,
@@ -69,10 +73,12 @@ class Implementation(Protocol):
 class Reference:
     """The rule in plain torch operations, on any device and in any floating dtype."""
 
-    def update(self, slots: Sequence[Slot], numbers: StepNumbers) -> None:
+    def update(
+        self, slots: Sequence[Slot], grads: Sequence[torch.Tensor], numbers: StepNumbers
+    ) -> None:
         """See `Implementation`."""
         n = numbers
-        for weight, grad, mu, nu, mask in slots:
+        for (weight, mu, nu, mask), grad in zip(slots, grads, strict=True):
             mu.mul_(n.beta1).add_(grad, alpha=1 - n.beta1)
             blended = mu
             if mask is not None:

@@ -14,9 +14,10 @@ Bytes a weight of an update: read w, g, mu, nu (fp32) and the mask (1), write w,
 import triton
 import triton.language as tl
 
-# Columns of `table`: of an update w, g, mu, nu, mask, entries, first program; of a refresh w, mask,
-# groups along the input dimension, columns, first program. int64.
-UPDATE_COLUMNS = 7
+# Columns of `table`: of an update w, mu, nu, mask, entries, first program; of a refresh w, mask,
+# groups along the input dimension, columns, first program. int64. Gradients have a table of their
+# own, because they alone move from step to step.
+UPDATE_COLUMNS = 6
 REFRESH_COLUMNS = 5
 
 # |w| of a NaN as an integer: above infinity, and all of them equal, as torch sorts them.
@@ -96,6 +97,7 @@ def _update(
 def update_kernel(
     table_ptr,
     owner_ptr,
+    grads_ptr,
     beta1,
     one_less_beta1,
     beta2,
@@ -119,25 +121,25 @@ def update_kernel(
     """
     CHUNK: tl.constexpr = BLOCK * UNROLL * ROUNDS
     program = tl.program_id(0)
-    row = table_ptr + tl.load(owner_ptr + program).to(tl.int64) * COLUMNS
+    tensor = tl.load(owner_ptr + program)
+    row = table_ptr + tensor.to(tl.int64) * COLUMNS
+    start = (program - tl.load(row + 5)) * CHUNK
+    # Places within the chunk are 32 bits, which saves a third of the registers.
+    size = tl.minimum(tl.load(row + 4) - start, CHUNK).to(tl.int32)
     ptrs = (
-        _address(row, 0, tl.float32, ALIGNED),
-        _address(row, 1, tl.float32, ALIGNED),
-        _address(row, 2, tl.float32, ALIGNED),
-        _address(row, 3, tl.float32, ALIGNED),
-        _address(row, 4, tl.int8, ALIGNED),
+        _address(row, 0, tl.float32, ALIGNED) + start,
+        _address(grads_ptr + tensor, 0, tl.float32, ALIGNED) + start,
+        _address(row, 1, tl.float32, ALIGNED) + start,
+        _address(row, 2, tl.float32, ALIGNED) + start,
+        _address(row, 3, tl.int8, ALIGNED) + start,
     )
-    size = tl.load(row + 5)
-    start = (program - tl.load(row + 6)) * CHUNK
     numbers = (beta1, one_less_beta1, beta2, one_less_beta2, kept, pull, correction, eps, rate)
-    if start + CHUNK <= size:
+    if size == CHUNK:
         for turn in range(ROUNDS):
-            here = start + turn * (BLOCK * UNROLL)
-            _update(ptrs, here, size, numbers, MASKED, True, BLOCK, UNROLL)
+            _update(ptrs, turn * (BLOCK * UNROLL), size, numbers, MASKED, True, BLOCK, UNROLL)
     else:
         for turn in range(ROUNDS):
-            here = start + turn * (BLOCK * UNROLL)
-            _update(ptrs, here, size, numbers, MASKED, False, BLOCK, UNROLL)
+            _update(ptrs, turn * (BLOCK * UNROLL), size, numbers, MASKED, False, BLOCK, UNROLL)
 
 
 @triton.jit
