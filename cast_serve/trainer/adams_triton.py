@@ -138,7 +138,7 @@ def update_kernel(
         for turn in range(ROUNDS):
             _update(ptrs, turn * (BLOCK * UNROLL), size, numbers, MASKED, True, BLOCK, UNROLL)
     else:
-        for turn in range(ROUNDS):
+        for turn in range(tl.cdiv(size, BLOCK * UNROLL)):
             _update(ptrs, turn * (BLOCK * UNROLL), size, numbers, MASKED, False, BLOCK, UNROLL)
 
 
@@ -185,12 +185,13 @@ def refresh_rows_kernel(
     mask_ptr = _address(row, 1, tl.int32, ALIGNED)
     groups = tl.load(row + 2)
     first = (program - tl.load(row + 4)) * (LANES * UNROLL * ROUNDS)
+    last = tl.minimum(groups, first + LANES * UNROLL * ROUNDS)
     changed = tl.zeros((LANES,), tl.int32)
-    for turn in range(ROUNDS):
+    for start in range(first, last, LANES * UNROLL):
         keys = ()
         words = ()
         for u in tl.static_range(UNROLL):
-            group = first + turn * (LANES * UNROLL) + u * LANES + tl.arange(0, LANES)
+            group = start + u * LANES + tl.arange(0, LANES)
             live = group < groups
             for v in tl.static_range(VECTORS):
                 place = (group * GROUP + v * 4)[:, None] + tl.arange(0, 4)[None, :]
@@ -201,7 +202,7 @@ def refresh_rows_kernel(
                 keys += (key0, key1, key2, key3)
                 words += (tl.load(mask_ptr + (group * VECTORS + v), mask=live, other=0),)
         for u in tl.static_range(UNROLL):
-            group = first + turn * (LANES * UNROLL) + u * LANES + tl.arange(0, LANES)
+            group = start + u * LANES + tl.arange(0, LANES)
             live = group < groups
             own = keys[u * GROUP : (u + 1) * GROUP]
             for v in tl.static_range(VECTORS):
@@ -237,10 +238,10 @@ def refresh_columns_kernel(
     tile = program - tl.load(row + 4)
     across = (columns + BLOCK - 1) // BLOCK
     column = tile % across * BLOCK + tl.arange(0, BLOCK)
+    first = tile // across * ROUNDS
     changed = tl.zeros((BLOCK,), tl.int32)
-    for turn in range(ROUNDS):
-        group = tile // across * ROUNDS + turn
-        live = (column < columns) & (group < groups)
+    live = column < columns
+    for group in range(first, tl.minimum(groups, first + ROUNDS)):
         keys = ()
         for j in tl.static_range(GROUP):
             place = (group * GROUP + j) * columns + column

@@ -176,7 +176,7 @@ class AdamS(torch.optim.Optimizer):
         """Masks of all weights of a group, and the share that changed; all ranks call it."""
         pattern, input_dim = Pattern(kept=group["kept"], group=group["group"]), group["input_dim"]
         names = group.get("param_names") or ["a weight"] * len(group["params"])
-        first = False
+        first = not group["params"]
         by_ranks: dict[Any, list[torch.Tensor]] = {}
         for name, weight in zip(names, group["params"], strict=True):
             if "mask" not in self.state[weight]:
@@ -197,7 +197,7 @@ class AdamS(torch.optim.Optimizer):
             for weights in by_ranks.values()
         ]
         total = sum(weight.numel() for weight in group["params"])
-        group["flips"] = None if first or not total else sum_over_ranks(changed) / total
+        group["flips"] = None if first else sum_over_ranks(changed).double() / total
 
     def _slots(self, index: int, weights: list[torch.Tensor]) -> list[Slot]:
         """Slots of `weights`, of group `index`: the last step's list unless a tensor is another.
