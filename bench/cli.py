@@ -11,6 +11,7 @@ COMMANDS = {
     "latency": "a batch without a server, dense vLLM and cast-serve",
     "throughput": "many requests without a server, dense vLLM and cast-serve",
     "load": "what loading takes, dense vLLM and cast-serve",
+    "optim": "a step of AdamS against AdamW, fused",
     "serve": "the OpenAI-compatible server, dense vLLM and cast-serve",
 }
 

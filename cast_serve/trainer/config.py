@@ -88,6 +88,12 @@ class RunConfig:
     temperature: float = _option(1.0, "softmax temperature of the KL", group="method")
     scaling_blocks: int = _option(2, "learned scales per row, n of Eq. 11", group="method")
     mask_interval: int = _option(10, "steps between mask refreshes, T1", group="method")
+    decay_ramp: float = _option(
+        1.0,
+        "share of the steps over which the decay of masked weights fades in; it stays at its full "
+        "strength for the rest",
+        group="method",
+    )
 
     steps: int | None = _option(None, "optimizer steps", group="budget")
     epochs: float | None = _option(
@@ -239,6 +245,7 @@ class RunConfig:
             _require(key, getattr(self, key), lambda v: 0 <= v <= 1, "from 0 to 1")
         for key in ("warmup", "beta1", "beta2", "held_out"):
             _require(key, getattr(self, key), lambda v: 0 <= v < 1, "from 0 to below 1")
+        _require("decay_ramp", self.decay_ramp, lambda v: 0 < v <= 1, "above 0 and at most 1")
         _require("clip", self.clip, lambda v: 0 <= v < float("inf"), "0 or more")
         _require("seed", self.seed, lambda v: 0 <= v < 2**32, "from 0 to below 2^32")
         if self.eta == 1 and self.lambda_ is None:

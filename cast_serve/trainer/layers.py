@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -21,6 +20,7 @@ from cast_serve.kernels.packing import COLUMNS_PER_BYTE
 from cast_serve.trainer.config import Pattern
 from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.masks import weight_mask
+from cast_serve.trainer.sharding import local
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,11 +80,6 @@ class ScaledConv1D(ScaledLayer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return functional.linear(x, self.scaled_weight().t(), self.bias)
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a tensor; it shares the tensor's storage."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def scale_weight(weight: torch.Tensor, scale: torch.Tensor, *, input_dim: int) -> torch.Tensor:
@@ -150,16 +145,17 @@ def scaled_layers(model: nn.Module) -> Iterator[tuple[str, ScaledLayer]]:
 
 
 def optimizer_groups(model: nn.Module) -> list[dict[str, object]]:
-    """Parameter groups for AdamS: sparsified weights by layout, and everything else."""
+    """Parameter groups for AdamS, with names: sparsified weights by layout, and everything else."""
     weights: dict[int, list[nn.Parameter]] = {}
     for _, layer in scaled_layers(model):
         weights.setdefault(layer.input_dim, []).append(layer.weight)
     sparsified = {id(weight) for group in weights.values() for weight in group}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in sparsified]
-    groups: list[dict[str, object]] = [
-        {"params": group, "input_dim": input_dim} for input_dim, group in sorted(weights.items())
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [
+        {"params": group, "param_names": [names[id(p)] for p in group], "input_dim": input_dim}
+        for input_dim, group in (*sorted(weights.items()), (None, rest))
     ]
-    return [*groups, {"params": rest, "input_dim": None}]
 
 
 def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:

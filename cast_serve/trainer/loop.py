@@ -35,7 +35,12 @@ class Training:
         self.fixed = fixed
         self.gradient = gradient
         self.processes = gradient.processes
-        self.schedule = Schedule(steps=fixed.steps, warmup=config.warmup, floor=config.lr_floor)
+        self.schedule = Schedule(
+            steps=fixed.steps,
+            warmup=config.warmup,
+            floor=config.lr_floor,
+            decay_ramp=config.decay_ramp,
+        )
         self.optimizer = build_optimizer(config, fixed, gradient.model)
         self.guard = Guard(self.processes, limit=config.loss_limit or guess + 1)
         # Sums of CE, KL and gradient norm since the last entry.
@@ -124,6 +129,7 @@ def build_optimizer(config: RunConfig, fixed: Fixed, model: nn.Module) -> AdamS:
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         mask_interval=config.mask_interval,
+        decay_ramp=config.decay_ramp,
     )
 
 

@@ -11,6 +11,7 @@ import torch
 
 from cast_serve.kernels.pattern import nm_mask
 from cast_serve.trainer.config import Pattern
+from cast_serve.trainer.sharding import local, sum_over_ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,15 +41,19 @@ def weight_mask(weight: torch.Tensor, pattern: Pattern, *, input_dim: int) -> to
 
 
 def progress(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Progress:
-    """Progress over (weight, mask) pairs of equal shapes; sums are taken in fp64."""
-    kept_sum = total_sum = 0.0
-    kept_count = total_count = 0
+    """Progress over (weight, mask) pairs of equal shapes; sums are taken in fp64.
+
+    Of sharded weights (DTensors) all shards count: every rank calls this, and gets the same.
+    """
+    parts = []
+    total_count = 0
     for weight, mask in pairs:
-        magnitude = weight.detach().abs()
-        total_sum += magnitude.sum(dtype=torch.float64).item()
-        kept_sum += (magnitude * mask).sum(dtype=torch.float64).item()
+        magnitude, survives = local(weight.detach()).abs(), local(mask)
+        sums = (magnitude, magnitude * survives, survives)
+        # On the device: one wait at the end instead of three a weight.
+        parts.append((weight, torch.stack([x.sum(dtype=torch.float64) for x in sums])))
         total_count += weight.numel()
-        kept_count += int(mask.sum())
+    total_sum, kept_sum, kept_count = sum_over_ranks(parts).tolist() if parts else (0.0, 0.0, 0.0)
     return Progress(
         # All-zero weights have nothing left to prune.
         sparse_weight_ratio=kept_sum / total_sum if total_sum else 1.0,

@@ -11,16 +11,36 @@ CAST (arXiv 2509.25996), Algorithm 1 and Eq. 7-8, read literally, for t = 1..T:
 
 Since v takes mu~ without its bias correction, the first update is 1/(1-b1) = 10 times the rate and
 the steady state about 1.0 times it (Adam: 0.23): warm the rate up, and do not reuse Adam's.
+
+The arithmetic is in adams_rule.py (the rule as written) and adams_fused.py (GPUs); here is what it
+works on: parameter groups, state, and the shards of a weight that several processes hold.
 """
 
+import importlib.util
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 
+from cast_serve.trainer.adams_rule import Implementation, Reference, Slot, StepNumbers
 from cast_serve.trainer.config import Pattern
-from cast_serve.trainer.masks import weight_mask
 from cast_serve.trainer.schedule import decay_share
+from cast_serve.trainer.sharding import check_groups_whole, local, ranks_of, sum_over_ranks
+
+
+@dataclass(kw_only=True)
+class _Bound:
+    """The slots of a group's weights that have gradients, kept from step to step.
+
+    Attributes:
+        identity: per weight its address and its state tensors' ids; another one, another slot.
+        held: those state tensors, so that no other gets their ids.
+    """
+
+    identity: list[tuple[int, int, int, int]] = field(default_factory=list)
+    held: list[torch.Tensor | None] = field(default_factory=list)
+    slots: list[Slot] = field(default_factory=list)
 
 
 class AdamS(torch.optim.Optimizer):
@@ -28,8 +48,14 @@ class AdamS(torch.optim.Optimizer):
 
     `input_dim` is the dimension groups of the pattern run along (1 for nn.Linear, 0 for Conv1D),
     or None where a group's parameters stay dense and get the plain rule. State per parameter: `mu`
-    and `nu` in its dtype and, where sparsified, `mask` (bool, True survives) in its layout. The
-    step count t is kept in each group, so that state_dict() is the whole state.
+    and `nu` in its dtype and, where sparsified, `mask` (bool, True survives) in its layout; of a
+    DTensor they are DTensors with its placements, so torch.distributed.checkpoint saves and
+    reshards them. The step count t is kept in each group, so that state_dict() is the whole state.
+
+    `decay_ramp` is the share of the run over which a_t goes from 0 to 1 (1: the paper's t/T).
+    `implementation` "auto" takes Triton's kernels for parameters on an NVIDIA GPU.
+
+    Raises, from step(): RunError where shards cut groups of the pattern.
     """
 
     def __init__(
@@ -43,6 +69,8 @@ class AdamS(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         mask_interval: int = 10,
+        decay_ramp: float = 1.0,
+        implementation: Literal["auto", "reference", "triton"] = "auto",
     ) -> None:
         super().__init__(
             groups,
@@ -50,51 +78,67 @@ class AdamS(torch.optim.Optimizer):
                 "lr": lr,
                 "decay": decay,
                 "total_steps": total_steps,
+                "decay_ramp": decay_ramp,
                 "betas": betas,
                 "eps": eps,
                 "mask_interval": mask_interval,
                 "kept": pattern.kept,
                 "group": pattern.group,
                 "input_dim": None,
+                "implementation": implementation,
                 "step": 0,
-                # Share of mask entries the last refresh changed; None before the second.
+                # Share of mask entries the last refresh changed, maybe still on its way as a tensor
+                # of the device; None before the second.
                 "flips": None,
             },
         )
+        self._forget()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update. Parameters without a gradient are left alone, their masks too."""
+        """One update. Parameters without a gradient do not move; nothing waits for the device."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
+        for index, group in enumerate(self.param_groups):
             if group["input_dim"] is not None and group["step"] % group["mask_interval"] == 0:
-                self._refresh(group)
+                self._refresh(group, self._implementation(index))
             group["step"] += 1
-            for weight in group["params"]:
-                if weight.grad is not None:
-                    self._update(weight, weight.grad, group)
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            slots = self._slots(index, weights)
+            grads = [local(weight.grad) for weight in weights]
+            self._implementation(index).update(slots, grads, _numbers(group))
         return loss
 
     def masked_weights(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """(weight, mask) of every sparsified parameter that has a mask yet."""
         for group in self.param_groups:
             for weight in group["params"]:
-                if "mask" in self.state[weight]:
+                if "mask" in self.state.get(weight, ()):
                     yield weight, self.state[weight]["mask"]
 
     @property
     def flips(self) -> float | None:
-        """Share of mask entries changed by the last refresh; None before the second refresh."""
+        """Share of mask entries changed by the last refresh; None before the second refresh.
+
+        Over all ranks where weights are sharded. Waits for the device.
+        """
         counts = [
-            (group["flips"], sum(weight.numel() for weight in group["params"]))
+            (float(group["flips"]), sum(weight.numel() for weight in group["params"]))
             for group in self.param_groups
             if group["flips"] is not None
         ]
         total = sum(count for _, count in counts)
         return sum(flips * count for flips, count in counts) / total if total else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base class's; plain numbers in the groups."""
+        found = super().state_dict()
+        for group in found["param_groups"]:
+            if group["flips"] is not None:
+                group["flips"] = float(group["flips"])
+        return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore; the base class casts every state tensor to its parameter's dtype, masks too."""
@@ -103,32 +147,102 @@ class AdamS(torch.optim.Optimizer):
             if "mask" in state:
                 state["mask"] = state["mask"].bool()
 
-    def _refresh(self, group: dict[str, Any]) -> None:
-        pattern = Pattern(kept=group["kept"], group=group["group"])
-        changed, total, first = 0, 0, False
-        for weight in group["params"]:
-            mask = weight_mask(weight, pattern, input_dim=group["input_dim"])
-            before = self.state[weight].get("mask")
-            first |= before is None
-            if before is not None:
-                changed += int((mask != before).sum())
-            total += mask.numel()
-            self.state[weight]["mask"] = mask
-        group["flips"] = None if first or not total else changed / total
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Called by load_state_dict, copy and pickle, which keep groups and state alone."""
+        super().__setstate__(state)
+        self._forget()
+        for group in self.param_groups:
+            # Not in checkpoints of the first release.
+            group.setdefault("decay_ramp", 1.0)
+            group.setdefault("implementation", "auto")
 
-    def _update(self, weight: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]) -> None:
-        state, t = self.state[weight], group["step"]
-        beta1, beta2 = group["betas"]
-        if "mu" not in state:
-            state["mu"] = torch.zeros_like(weight, memory_format=torch.preserve_format)
-            state["nu"] = torch.zeros_like(weight, memory_format=torch.preserve_format)
-        mu, nu = state["mu"], state["nu"]
-        mu.mul_(beta1).add_(grad, alpha=1 - beta1)
-        blended = mu
-        if group["input_dim"] is not None:
-            share = decay_share(t, group["total_steps"])
-            decayed = mu.mul(1 - share).add_(weight.sign(), alpha=share * group["decay"])
-            blended = torch.where(state["mask"], mu, decayed)
-        nu.mul_(beta2).addcmul_(blended, blended, value=1 - beta2)
-        scale = nu.div(1 - beta2**t).sqrt_().add_(group["eps"])
-        weight.addcdiv_(blended, scale, value=-group["lr"] / (1 - beta1**t))
+    def _forget(self) -> None:
+        """Start anew with what is derived from parameters and state."""
+        self._implementations: dict[tuple[int, str], Implementation] = {}
+        self._bound: dict[int, _Bound] = {}
+
+    def _implementation(self, index: int) -> Implementation:
+        """What computes the steps of group `index`."""
+        group = self.param_groups[index]
+        name = group["implementation"]
+        if name == "auto":
+            on_gpu = any(weight.is_cuda for weight in group["params"][:1])
+            name = "triton" if on_gpu and importlib.util.find_spec("triton") else "reference"
+        if (index, name) not in self._implementations:
+            self._implementations[index, name] = _make(name)
+        return self._implementations[index, name]
+
+    def _refresh(self, group: dict[str, Any], implementation: Implementation) -> None:
+        """Masks of all weights of a group, and the share that changed; all ranks call it."""
+        pattern, input_dim = Pattern(kept=group["kept"], group=group["group"]), group["input_dim"]
+        names = group.get("param_names") or ["a weight"] * len(group["params"])
+        first = not group["params"]
+        by_ranks: dict[Any, list[torch.Tensor]] = {}
+        for name, weight in zip(names, group["params"], strict=True):
+            if "mask" not in self.state[weight]:
+                check_groups_whole(weight, group=pattern.group, input_dim=input_dim, name=name)
+                self.state[weight]["mask"] = torch.zeros_like(weight, dtype=torch.bool)
+                first = True
+            by_ranks.setdefault(ranks_of(weight), []).append(weight)
+        changed = [
+            (
+                weights[0],
+                implementation.refresh(
+                    [local(weight.detach()) for weight in weights],
+                    [local(self.state[weight]["mask"]) for weight in weights],
+                    pattern,
+                    input_dim=input_dim,
+                ),
+            )
+            for weights in by_ranks.values()
+        ]
+        total = sum(weight.numel() for weight in group["params"])
+        group["flips"] = None if first else sum_over_ranks(changed).double() / total
+
+    def _slots(self, index: int, weights: list[torch.Tensor]) -> list[Slot]:
+        """Slots of `weights`, of group `index`: the last step's list unless a tensor is another.
+
+        Cheap, since a small model's step takes the GPU less than a millisecond.
+        """
+        masked = self.param_groups[index]["input_dim"] is not None
+        states = [self.state[weight] for weight in weights]
+        for weight, state in zip(weights, states, strict=True):
+            if "mu" not in state:
+                state["mu"] = torch.zeros_like(weight, memory_format=torch.preserve_format)
+                state["nu"] = torch.zeros_like(weight, memory_format=torch.preserve_format)
+        tensors = [(s["mu"], s["nu"], s["mask"] if masked else None) for s in states]
+        identity = [
+            (local(weight).data_ptr(), id(mu), id(nu), id(mask))
+            for weight, (mu, nu, mask) in zip(weights, tensors, strict=True)
+        ]
+        bound = self._bound.setdefault(index, _Bound())
+        if identity != bound.identity:
+            bound.identity = identity
+            bound.held = [tensor for three in tensors for tensor in three]
+            bound.slots = [
+                Slot(local(weight), local(mu), local(nu), None if mask is None else local(mask))
+                for weight, (mu, nu, mask) in zip(weights, tensors, strict=True)
+            ]
+        return bound.slots
+
+
+def _make(name: str) -> Implementation:
+    if name == "reference":
+        return Reference()
+    # Triton is there where torch has CUDA, and not everywhere else.
+    from cast_serve.trainer.adams_fused import Fused
+
+    return Fused()
+
+
+def _numbers(group: dict[str, Any]) -> StepNumbers:
+    t = group["step"]
+    return StepNumbers(
+        t=t,
+        lr=float(group["lr"]),
+        share=decay_share(t, group["total_steps"], ramp=group["decay_ramp"]),
+        decay=group["decay"],
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        eps=group["eps"],
+    )

@@ -97,6 +97,7 @@ def make_plan(
         steps=step_count(config, train_blocks=train_blocks, context=context, processes=processes),
         warmup=config.warmup,
         floor=config.lr_floor,
+        decay_ramp=config.decay_ramp,
     )
     sparse = [choice for choice in layers if choice.dense_because is None]
     magnitudes = progress(_masked_weights(model, sparse, config))

@@ -10,11 +10,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Warm-up, then cosine to `floor` of the peak rate; the decay ramps linearly over the run."""
+    """Warm-up, then cosine to `floor` of the peak rate; the decay's share rises linearly.
+
+    `decay_ramp` is the share of the steps over which it goes from 0 to 1; 1 is the paper's.
+    """
 
     steps: int
     warmup: float
     floor: float
+    decay_ramp: float = 1.0
 
     @property
     def warmup_steps(self) -> int:
@@ -33,8 +37,8 @@ class Schedule:
         return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
     def decay(self, t: int) -> float:
-        """a_t = t/T, the share of the decay in the update of a masked weight (Eq. 7)."""
-        return decay_share(t, self.steps)
+        """a_t, the share of the decay in the update of a masked weight (Eq. 7)."""
+        return decay_share(t, self.steps, ramp=self.decay_ramp)
 
     def reach(self) -> float:
         """sum_t rate_t * a_t: how far the decay carries a weight at a peak rate of 1."""
@@ -45,6 +49,6 @@ class Schedule:
         return lambda done: self.rate(done + 1)
 
 
-def decay_share(t: int, steps: int) -> float:
-    """a_t = t/T, held at 1 beyond the last step."""
-    return min(1.0, t / steps)
+def decay_share(t: int, steps: int, *, ramp: float) -> float:
+    """a_t = t / (ramp * T), held at 1 from there on; the paper's t/T with a ramp of 1."""
+    return min(1.0, t / (ramp * steps))

@@ -16,6 +16,7 @@ from cast_serve.bench.paths import ROOT
         ("latency", "--iterations"),
         ("throughput", "--requests"),
         ("load", "--checkpoints"),
+        ("optim", "--repeats"),
         ("serve", "--workloads"),
     ],
 )

@@ -24,6 +24,7 @@ def test_defaults_of_the_method():
     assert (config.beta1, config.beta2, config.eps, config.clip) == (0.9, 0.95, 1e-8, 1.0)
     assert (config.warmup, config.lr_floor, config.eta) == (0.05, 0.1, 1 / 3)
     assert (config.temperature, config.scaling_blocks, config.mask_interval) == (1.0, 2, 10)
+    assert config.decay_ramp == 1.0
     assert (config.nm, config.export_form) == (Pattern(kept=2, group=4), "packed")
 
 
@@ -95,6 +96,8 @@ def test_identity_ignores_what_may_change_on_resume():
         ("eta: 1\n", "lambda: must be given with eta=1"),
         ("lambda: -1\n", "lambda: -1.0 is out of range"),
         ("warmup: 1\n", "warmup: 1.0 is out of range"),
+        ("decay_ramp: 0\n", "decay_ramp: 0.0 is out of range; it must be above 0 and at most 1"),
+        ("decay_ramp: 1.5\n", "decay_ramp: 1.5 is out of range"),
         ("seed: -1\n", "seed: -1 is out of range"),
         ("steps: 5\ntokens: 5\n", "tokens: steps is given too"),
         ("held_out: 0.2\neval_data: x.txt\n", "held_out: eval_data is evaluated on instead"),

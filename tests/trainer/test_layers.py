@@ -144,3 +144,6 @@ def test_optimizer_groups_hold_every_parameter_once(model_name, tiny_models):
     assert sparsified == {id(layer.weight) for _, layer in scaled_layers(model)}
     layouts = {group["input_dim"] for group in groups}
     assert layouts == {0 if model_name == "gpt2" else 1, None}
+    parameters = dict(model.named_parameters())
+    for group in groups:
+        assert [id(parameters[n]) for n in group["param_names"]] == [id(p) for p in group["params"]]

@@ -147,6 +147,88 @@ def test_state_dict_continues_exactly(problem):
     assert optimizer.flips == other.flips
 
 
+def test_state_dict_of_the_first_release_continues(problem):
+    # It had no ramp, no names and no choice of implementation.
+    rows, gradients = problem
+    straight = torch.nn.Parameter(rows.float())
+    optimizer = adams(straight, Pattern(kept=2, group=4), input_dim=1, steps=20)
+    take_steps(optimizer, straight, gradients[:11].float())
+    saved = copy.deepcopy(optimizer.state_dict())
+    for group in saved["param_groups"]:
+        del group["decay_ramp"], group["implementation"]
+    resumed = torch.nn.Parameter(straight.detach().clone())
+    group = {"params": [resumed], "param_names": ["layer.weight"], "input_dim": 1}
+    other = AdamS([group], lr=1, decay=1, total_steps=1, pattern=Pattern(kept=2, group=4))
+    other.load_state_dict(saved)
+    take_steps(optimizer, straight, gradients[11:].float())
+    take_steps(other, resumed, gradients[11:].float())
+    assert torch.equal(straight, resumed)
+
+
+def test_state_dict_holds_plain_numbers(problem):
+    rows, gradients = problem
+    weight = torch.nn.Parameter(rows.clone())
+    optimizer = adams(weight, Pattern(kept=2, group=4), input_dim=1, steps=20)
+    take_steps(optimizer, weight, gradients[:5])
+    (group,) = optimizer.state_dict()["param_groups"]
+    assert isinstance(group["flips"], float)
+
+
+def test_replaced_tensors_are_seen(problem):
+    # What is kept from step to step must not outlive the tensors it was made from.
+    rows, gradients = problem
+    weight, other = (torch.nn.Parameter(rows.clone()) for _ in range(2))
+    optimizers = [
+        adams(each, Pattern(kept=2, group=4), input_dim=1, steps=20) for each in (weight, other)
+    ]
+    for step, gradient in enumerate(gradients):
+        for optimizer, each in zip(optimizers, (weight, other), strict=True):
+            take_steps(optimizer, each, gradient[None])
+        if step % 4 == 0:
+            weight.data = weight.data.clone()
+            state = optimizers[0].state[weight]
+            name = ("mu", "nu", "mask")[step // 4 % 3]
+            state[name] = state[name].clone()
+    assert torch.equal(weight, other)
+
+
+def test_parameters_without_gradient_do_not_move(problem):
+    rows, gradients = problem
+    moving, still = (torch.nn.Parameter(rows.clone()) for _ in range(2))
+    optimizer = AdamS(
+        [{"params": [still, moving], "input_dim": 1}],
+        lr=LR,
+        decay=DECAY,
+        total_steps=20,
+        pattern=Pattern(kept=2, group=4),
+    )
+    take_steps(optimizer, moving, gradients[:3])
+    assert torch.equal(still.detach(), rows) and not torch.equal(moving.detach(), rows)
+    # Once it gets one, it moves from the next step on.
+    still.grad = gradients[3].clone()
+    optimizer.step()
+    assert not torch.equal(still.detach(), rows)
+
+
+def test_decay_ramp_is_a_shorter_run_then_full_strength(problem):
+    rows, gradients = problem
+    ramped, short = (torch.nn.Parameter(rows.clone()) for _ in range(2))
+    optimizer = AdamS(
+        [{"params": [ramped], "input_dim": 1}],
+        lr=LR,
+        decay=DECAY,
+        total_steps=20,
+        pattern=Pattern(kept=2, group=4),
+        betas=(BETA1, BETA2),
+        eps=EPS,
+        mask_interval=3,
+        decay_ramp=0.25,
+    )
+    take_steps(optimizer, ramped, gradients)
+    take_steps(adams(short, Pattern(kept=2, group=4), input_dim=1, steps=5), short, gradients)
+    assert torch.equal(ramped, short)
+
+
 def test_flips_counts_changed_entries():
     weight = torch.nn.Parameter(torch.tensor([[4.0, 3.0, 2.0, 1.0]]))
     optimizer = adams(weight, Pattern(kept=2, group=4), input_dim=1, steps=20)

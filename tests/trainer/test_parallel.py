@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ from training_state import read_checkpoint
 
 from cast_serve.trainer.journal import read_history
 from cast_serve.trainer.run_dir import checkpoints
+
+pytestmark = pytest.mark.slow
 
 # Warm-up, refreshes of the mask, logs and a save all happen in these steps.
 FLAGS = {
@@ -74,7 +77,7 @@ def alone(llama_dir, text_file, tmp_path_factory) -> Path:
     return output
 
 
-@pytest.mark.parametrize("parallel", ["ddp"])
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_are_one_with_twice_the_batch(
     alone, llama_dir, text_file, tmp_path, parallel
 ):
@@ -86,3 +89,28 @@ def test_two_processes_are_one_with_twice_the_batch(
     record = json.loads((output / "cast.json").read_text())
     assert (record["processes"], record["batch"]) == (2, 4)
     assert record["tokens"] == json.loads((alone / "cast.json").read_text())["tokens"]
+
+
+def test_checkpoint_of_two_shards_resumes_in_one_process(alone, llama_dir, text_file, tmp_path):
+    output = tmp_path / "out"
+    ended_well(start(2, llama_dir, text_file, output, parallel="fsdp"))
+    shutil.rmtree(tmp_path / "out.run" / "checkpoint-24")
+    said = ended_well(start(1, llama_dir, text_file, output, "--resume"))
+    assert "resuming after step 12 of 24" in said
+    assert_alike(output, alone)
+    refused = start(1, llama_dir, text_file, output, "--resume", **{"batch-size": 3})
+    assert refused.returncode == 2
+    assert "4 sequences a step" in refused.stderr
+
+
+def test_conv1d_is_cut_along_its_outputs(gpt2_dir, text_file, tmp_path):
+    """GPT-2: a cut along dimension 0 would go through groups."""
+    model = tmp_path / "gpt2"
+    shutil.copytree(gpt2_dir, model)
+    config = json.loads((model / "config.json").read_text())
+    # Each process draws its own dropout.
+    config |= {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+    (model / "config.json").write_text(json.dumps(config))
+    ended_well(start(1, model, text_file, tmp_path / "one"))
+    ended_well(start(2, model, text_file, tmp_path / "two", parallel="fsdp"))
+    assert_alike(tmp_path / "two", tmp_path / "one")

@@ -58,6 +58,11 @@ def test_travel_is_the_sum_of_the_schedule(plan_of, tiny_models):
     assert plan.travel == pytest.approx(total / masked, rel=1e-6)
 
 
+def test_travel_grows_with_a_shorter_ramp(plan_of):
+    # A decay at full strength from half of the run on carries weights further at the same rate.
+    assert plan_of(lr=1e-3, decay_ramp=0.5).travel > 1.2 * plan_of(lr=1e-3).travel
+
+
 @pytest.mark.parametrize("model_name", ["llama", "gpt2"])
 def test_plan_counts(plan_of, tiny_models, model_name):
     plan = plan_of(model_name=model_name, steps=10)

@@ -29,6 +29,11 @@ def test_decay_is_linear_over_the_run():
     assert [schedule.decay(t) for t in (1, 4, 8)] == [1 / 8, 1 / 2, 1]
 
 
+def test_decay_ramp_fades_in_over_a_share_of_the_run():
+    schedule = Schedule(steps=8, warmup=0, floor=0.1, decay_ramp=0.5)
+    assert [schedule.decay(t) for t in (1, 2, 4, 5, 8)] == [1 / 4, 1 / 2, 1, 1, 1]
+
+
 def test_factor_counts_from_zero():
     schedule = Schedule(steps=40, warmup=0.1, floor=0.1)
     assert [schedule.factor()(done) for done in range(40)] == [
@@ -40,3 +45,11 @@ def test_reach_sums_rate_times_decay():
     schedule = Schedule(steps=4, warmup=0.5, floor=0.2)
     # t: 1, 2 warm up to 1/2 and 1; 3 is half way down to 0.2, 4 is 0.2.
     assert schedule.reach() == pytest.approx(0.5 * 0.25 + 1 * 0.5 + 0.6 * 0.75 + 0.2 * 1)
+
+
+def test_reach_knows_the_ramp():
+    linear, ramped = (
+        Schedule(steps=4, warmup=0.5, floor=0.2, decay_ramp=ramp).reach() for ramp in (1.0, 0.5)
+    )
+    assert ramped == pytest.approx(0.5 * 0.5 + 1 * 1 + 0.6 * 1 + 0.2 * 1)
+    assert ramped > linear

@@ -1,0 +1,105 @@
+"""AdamS, Algorithm 1 of CAST, as it is written: what every faster way is tested against.
+
+On CPUs this is also the fast way: with `torch._foreach_*` the 20 weights of 576 x 1536 take 172 ms
+instead of 115, because a list of tensors goes through memory once an operation, not through caches.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+
+from cast_serve.trainer.config import Pattern
+from cast_serve.trainer.masks import weight_mask
+
+
+class Slot(NamedTuple):
+    """One weight and its state as this rank holds them, all of one shape; they stay in place.
+
+    Attributes:
+        mask: bool, True survives; None for a weight that stays dense.
+    """
+
+    weight: torch.Tensor
+    mu: torch.Tensor
+    nu: torch.Tensor
+    mask: torch.Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepNumbers:
+    """The numbers of step t, the same for every weight of a group.
+
+    Attributes:
+        share: a_t, the share of the decay in the update of masked weights.
+        decay: lambda.
+    """
+
+    t: int
+    lr: float
+    share: float
+    decay: float
+    beta1: float
+    beta2: float
+    eps: float
+
+
+class Implementation(Protocol):
+    """A way to compute a step of one parameter group; in place, without waiting for the device."""
+
+    def update(
+        self, slots: Sequence[Slot], grads: Sequence[torch.Tensor], numbers: StepNumbers
+    ) -> None:
+        """Eq. 7-8: new mu, nu and weight of every slot, given its gradient.
+
+        The very sequence `slots` of the last call says that none of their tensors was replaced.
+        """
+
+    def refresh(
+        self,
+        weights: Sequence[torch.Tensor],
+        masks: Sequence[torch.Tensor],
+        pattern: Pattern,
+        *,
+        input_dim: int,
+    ) -> torch.Tensor:
+        """Eq. 6: recompute the bool `masks` of `weights`; int64 count of entries that changed.
+
+        The count is a tensor on the weights' device, without dimensions.
+        """
+
+
+class Reference:
+    """The rule in plain torch operations, on any device and in any floating dtype."""
+
+    def update(
+        self, slots: Sequence[Slot], grads: Sequence[torch.Tensor], numbers: StepNumbers
+    ) -> None:
+        """See `Implementation`."""
+        n = numbers
+        for (weight, mu, nu, mask), grad in zip(slots, grads, strict=True):
+            mu.mul_(n.beta1).add_(grad, alpha=1 - n.beta1)
+            blended = mu
+            if mask is not None:
+                decayed = mu.mul(1 - n.share).add_(weight.sign(), alpha=n.share * n.decay)
+                blended = torch.where(mask, mu, decayed)
+            nu.mul_(n.beta2).addcmul_(blended, blended, value=1 - n.beta2)
+            scale = nu.div(1 - n.beta2**n.t).sqrt_().add_(n.eps)
+            weight.addcdiv_(blended, scale, value=-n.lr / (1 - n.beta1**n.t))
+
+    def refresh(
+        self,
+        weights: Sequence[torch.Tensor],
+        masks: Sequence[torch.Tensor],
+        pattern: Pattern,
+        *,
+        input_dim: int,
+    ) -> torch.Tensor:
+        """See `Implementation`."""
+        changed = torch.zeros((), dtype=torch.int64, device=weights[0].device)
+        for weight, mask in zip(weights, masks, strict=True):
+            fresh = weight_mask(weight, pattern, input_dim=input_dim)
+            changed += (fresh != mask).sum()
+            mask.copy_(fresh)
+        return changed
