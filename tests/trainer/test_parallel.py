@@ -66,7 +66,8 @@ def assert_alike(output: Path, oracle: Path) -> None:
         assert one.get("mask_flips") == pytest.approx(other.get("mask_flips"), abs=1e-7)
     weights, others = (load_file(one / "model.safetensors") for one in (output, oracle))
     for name, weight in weights.items():
-        torch.testing.assert_close(weight, others[name], rtol=1e-4, atol=1e-5)
+        # Not each: a masked weight near zero may be on its other side.
+        assert (weight - others[name]).norm() <= 1e-4 * others[name].norm(), name
 
 
 @pytest.fixture(scope="module")
