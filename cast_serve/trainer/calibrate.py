@@ -53,9 +53,9 @@ def _backward(model: PreTrainedModel, stream: BlockStream, config: RunConfig, st
         first = (step * config.gradient_accumulation + micro) * config.batch_size
         # A run shorter than the measurement has fewer batches: measure on those again.
         items = [stream[(first + i) % len(stream)] for i in range(config.batch_size)]
-        ids = collate(items)["input_ids"].to(model.device)
+        inputs = {key: value.to(model.device) for key, value in collate(items).items()}
         with torch.autocast(device, torch.bfloat16, enabled=config.compute == "bf16"):
-            logits = model(input_ids=ids, use_cache=False).logits
-        logits, labels = logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+            logits = model(**inputs, use_cache=False).logits
+        logits, labels = logits[:, :-1].flatten(0, 1), inputs["input_ids"][:, 1:].flatten()
         loss = distillation_loss(logits, None, labels, eta=0.0).total
         (loss * (1 - config.eta) / config.gradient_accumulation).backward()

@@ -86,13 +86,13 @@ class CastTrainer(Trainer):
     ) -> Any:
         """Eq. 13 on one batch; labels are the inputs shifted by one."""
         assert not return_outputs, "evaluation goes through evaluate.mean_loss"
-        ids = inputs["input_ids"]
+        ids, positions = inputs["input_ids"], inputs.get("position_ids")
         teacher_logits = None
         if self.teacher is not None:
             with torch.no_grad():
-                teacher_logits = self._logits(self.teacher, ids)
+                teacher_logits = self._logits(self.teacher, ids, positions)
         with self._autocast():
-            logits = self._logits(model, ids)
+            logits = self._logits(model, ids, positions)
         loss = distillation_loss(
             logits,
             teacher_logits,
@@ -221,6 +221,10 @@ def tensorboard(config: RunConfig, *, first_step: int) -> TensorBoardCallback:
     return TensorBoardCallback(tb_writer=SummaryWriter(folder, purge_step=first_step))
 
 
-def _logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+def _logits(
+    model: nn.Module, ids: torch.Tensor, positions: torch.Tensor | None = None
+) -> torch.Tensor:
     """[batch * (context-1), vocab] logits of the positions that have a next token."""
-    return model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+    # Not every model takes position_ids, so they are given only where documents need them.
+    given = {} if positions is None else {"position_ids": positions}
+    return model(input_ids=ids, use_cache=False, **given).logits[:, :-1].flatten(0, 1)

@@ -12,12 +12,13 @@ from transformers import PreTrainedModel
 from cast_serve.trainer.calibrate import measure_lambda
 from cast_serve.trainer.config import RunConfig
 from cast_serve.trainer.data import BlockStream, Corpus, load_corpus
+from cast_serve.trainer.data.packing import require_document_attention
 from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.evaluate import mean_loss, to_perplexity
 from cast_serve.trainer.export import dtype_name, prune_and_fold_, publish, write_training_form
 from cast_serve.trainer.layers import LayerChoice, add_scales, choose_layers
 from cast_serve.trainer.loop import CastTrainer, tensorboard
-from cast_serve.trainer.plan import Plan, check_travel, make_plan
+from cast_serve.trainer.plan import Plan, check_travel, make_plan, planned_sources, token_budget
 from cast_serve.trainer.plots import write_plots
 from cast_serve.trainer.report import render_plan
 from cast_serve.trainer.run_dir import (
@@ -40,12 +41,17 @@ def run(config: RunConfig, console: Console) -> None:
     fixed = read_run(config) if config.resume and not config.dry_run else None
     source = load_source(config.model)
     context = context_length(source.model, config.context)
+    if config.document_attention:
+        require_document_attention(source.model)
     corpus = load_corpus(
         config.data,
         source.tokenizer,
         context=context,
         held_out=config.held_out,
-        eval_files=config.eval_data,
+        eval_sources=config.eval_data,
+        budget=token_budget(config, context=context),
+        text_key=config.text_key,
+        cache=config.token_cache,
     )
     if fixed is not None:
         check_same_data(fixed, corpus)
@@ -76,11 +82,12 @@ def _plan(
         source.model,
         layers,
         context=context,
-        train_blocks=len(corpus.train),
+        train_blocks=corpus.train_blocks,
         eval_blocks=len(corpus.evaluation),
         evaluated_on=corpus.evaluated_on,
         teacher_bytes=parameters * width if config.eta else 0,
         lambda_=fixed.lambda_ if fixed else config.lambda_,
+        sources=planned_sources(corpus),
     )
 
 
@@ -98,9 +105,11 @@ def _train(
     model = source.model
     model.to(device)  # type: ignore[arg-type]  # hidden by a decorator of transformers
     stream = BlockStream(
-        corpus.train,
+        *corpus.parts,
         length=plan.steps * config.batch_size * config.gradient_accumulation,
         seed=config.seed,
+        shares=corpus.shares,
+        eos=corpus.eos if config.document_attention else None,
     )
     teacher = _teacher(source, config) if config.eta > 0 else None
     dense_loss = fixed.dense_loss if fixed else mean_loss(model, corpus.evaluation)
@@ -170,7 +179,7 @@ def _finish(
         training_form,
         config,
         dtype=dtype,
-        provenance=_provenance(config, plan, fixed, evaluation),
+        provenance=_provenance(config, corpus, plan, fixed, evaluation),
     )
     # Only the last checkpoint is left of the intermediate forms.
     shutil.rmtree(training_form)
@@ -201,13 +210,17 @@ def _teacher(source: Source, config: RunConfig) -> PreTrainedModel:
 
 
 def _provenance(
-    config: RunConfig, plan: Plan, fixed: Fixed, evaluation: dict[str, Any]
+    config: RunConfig, corpus: Corpus, plan: Plan, fixed: Fixed, evaluation: dict[str, Any]
 ) -> dict[str, Any]:
     """cast.json: what made this checkpoint. Folder and file names only, no paths of a machine."""
     return {
         "teacher": config.model.resolve().name,
         "sparsity": config.pattern,
-        "data": {"files": [path.name for path in config.data], "sha256": fixed.data_sha256},
+        "data": {
+            "files": [source.name for source in config.data],
+            **({"shares": corpus.shares} if corpus.shares else {}),
+            "sha256": fixed.data_sha256,
+        },
         "tokens": plan.tokens,
         "steps": fixed.steps,
         "batch": config.batch_size * config.gradient_accumulation,
@@ -225,6 +238,7 @@ def _provenance(
         "scaling_blocks": config.scaling_blocks,
         "mask_interval": config.mask_interval,
         "compute": config.compute,
+        "document_attention": config.document_attention,
         "seed": config.seed,
         "evaluation": evaluation,
         "versions": {name: version(name) for name in ("cast-serve", "torch", "transformers")},
