@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from cast_serve.trainer.arguments import parse
 from cast_serve.trainer.errors import RunError
 
-_EXTRA = ("accelerate", "tensorboard", "matplotlib")
+_EXTRA = ("accelerate", "datasets", "tensorboard", "matplotlib")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
