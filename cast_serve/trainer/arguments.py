@@ -12,6 +12,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from cast_serve.trainer.commands import COMMANDS
 from cast_serve.trainer.config import RunConfig, key_of
+from cast_serve.trainer.data_source import DataSource
 from cast_serve.trainer.errors import RunError
 
 _GROUPS = {
@@ -102,7 +103,7 @@ def _add(group: Any, option: Field[Any], kind: Any) -> None:
     if kind is bool:
         settings["action"] = argparse.BooleanOptionalAction
     elif get_origin(kind) is tuple:
-        settings |= {"nargs": "+", "metavar": "FILE"}
+        settings |= {"nargs": "+", "metavar": "SOURCE"}
     elif get_origin(kind) is Literal:
         settings["metavar"] = "|".join(get_args(kind))
     else:
@@ -135,6 +136,12 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
             raise RunError(f"{key}: {value!r} is not possible; use {', '.join(get_args(kind))}")
         return value
     if get_origin(kind) is tuple:
+        if isinstance(value, dict):
+            # YAML's way to write weights: `data: {books.txt: 0.3, wiki.jsonl: 0.7}`.
+            return tuple(
+                DataSource(place=str(place), weight=_number(f"{key}: {place}", weight, float))
+                for place, weight in value.items()
+            )
         items = value if isinstance(value, list) else [value]
         return tuple(_convert(name, item, get_args(kind)[0]) for item in items)
     if kind is bool:
@@ -148,7 +155,7 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
         raise RunError(f"{key}: expected text, got {_kind(value)} {value!r}{hint_text}")
     if not value:
         raise RunError(f"{key}: is empty")
-    return kind(value)
+    return DataSource.parse(value) if kind is DataSource else kind(value)
 
 
 def _number(key: str, value: Any, kind: type[int] | type[float]) -> int | float:

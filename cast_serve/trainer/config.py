@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from cast_serve.trainer.data_source import DataSource, shares
 from cast_serve.trainer.errors import RunError
 
 # Travel (docs/method.md, AdamS, 3): sum_t lr_t * a_t / mean |masked w|. Below the first the final
@@ -59,10 +60,12 @@ class RunConfig:
     model: Path = field(
         metadata=_about("dense Hugging Face checkpoint to sparsify; also the teacher", group="run")
     )
-    data: tuple[Path, ...] = field(
+    data: tuple[DataSource, ...] = field(
         metadata=_about(
-            "training text: .txt (documents separated by three newlines) or .jsonl with a "
-            '"text" key, also with .xz',
+            "training text: .txt (documents separated by three newlines), .jsonl, .parquet, the "
+            "first two also with .xz, .gz or .zst; a folder of these; hub:NAME[:CONFIG][@SPLIT] "
+            "for a data set of the hub or, as hub:./FOLDER, on disk. With =WEIGHT after each, "
+            "sources are drawn in these shares of the training tokens",
             group="run",
         )
     )
@@ -156,8 +159,20 @@ class RunConfig:
     held_out: float = _option(
         0.01, "share of the data kept for evaluation, evenly spaced; 0 for none", group="run"
     )
-    eval_data: tuple[Path, ...] = _option(
-        (), "files to evaluate on in place of a held-out share", group="run"
+    eval_data: tuple[DataSource, ...] = _option(
+        (), "what to evaluate on in place of a held-out share, named as in data", group="run"
+    )
+    text_key: str = _option(
+        "text", "key or column of the text in .jsonl, .parquet and data sets", group="run"
+    )
+    document_attention: bool = _option(
+        False, "attention in training stays within a document of a block", group="run"
+    )
+    token_cache: bool = _option(
+        True,
+        "keep tokenised text in the user's cache for the next run",
+        group="run",
+        identity=False,
     )
     loss_limit: float | None = _option(
         None,
@@ -199,6 +214,10 @@ class RunConfig:
         self._check_ranges()
         if not self.data:
             raise RunError("data: no file given")
+        shares(self.data)
+        weighted = [source.place for source in self.eval_data if source.weight is not None]
+        if weighted:
+            raise RunError(f"eval_data: {weighted[0]} has a weight; evaluation reads all of it")
         if self.output.name in ("", ".."):
             raise RunError(f"output: {self.output} names no new folder; give one, such as ./sparse")
         if self.eval_data and self.held_out != type(self).held_out and self.held_out > 0:
@@ -269,6 +288,8 @@ def _plain(value: Any) -> Any:
     """A field's value as JSON has it; paths are resolved, so ./x and x are the same run."""
     if isinstance(value, Path):
         return str(value.resolve())
+    if isinstance(value, DataSource):
+        return value.identity()
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     return value

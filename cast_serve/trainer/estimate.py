@@ -8,6 +8,7 @@ from typing import Any
 
 from cast_serve.trainer.arguments import Parser
 from cast_serve.trainer.config import RunConfig
+from cast_serve.trainer.data_source import DataSource
 from cast_serve.trainer.errors import RunError
 
 # Llama 2 (arXiv 2307.09288), of which CAST's results are.
@@ -128,7 +129,7 @@ def main(arguments: Sequence[str]) -> int:
 def _run_config(given: argparse.Namespace) -> RunConfig:
     return RunConfig(
         model=Path(given.model),
-        data=(Path("none.txt"),),
+        data=(DataSource(place="none.txt"),),
         output=Path("none"),
         parallel=given.parallel,
         batch_size=given.batch_size,

@@ -52,7 +52,7 @@ class Gradient:
             place = (step * batches + batch) * self.processes.count + self.processes.rank
             torch.manual_seed(self.config.seed * 1_000_003 + place)
             with self._syncing(batch == batches - 1):
-                loss, found = self._loss(self._read(place), eta)
+                loss, found = self._loss(eta, **self._read(place))
                 (loss / batches).backward()
             parts += found / batches
         return parts
@@ -69,26 +69,31 @@ class Gradient:
             )
         return norm
 
-    def _read(self, place: int) -> torch.Tensor:
+    def _read(self, place: int) -> dict[str, torch.Tensor]:
         first = place * self.config.batch_size
         # Beyond the end, where lambda is measured for a run shorter than its measurement.
         items = [
             self.stream[(first + index) % len(self.stream)]
             for index in range(self.config.batch_size)
         ]
-        return collate(items)["input_ids"].to(self.processes.device, non_blocking=True)
+        device = self.processes.device
+        return {key: one.to(device, non_blocking=True) for key, one in collate(items).items()}
 
-    def _loss(self, ids: torch.Tensor, eta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def _loss(self, eta: float, **inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            inputs: input_ids [batch, context], and position_ids where documents are apart.
+        """
         teacher_logits = None
         if eta and self.teacher is not None:
             with torch.no_grad():
-                teacher_logits = _logits(self.teacher, ids)
+                teacher_logits = _logits(self.teacher, **inputs)
         with self._autocast():
-            logits = _logits(self.model, ids)
+            logits = _logits(self.model, **inputs)
         loss = distillation_loss(
             logits,
             teacher_logits,
-            ids[:, 1:].flatten(),
+            inputs["input_ids"][:, 1:].flatten(),
             eta=eta,
             temperature=self.config.temperature,
         )
@@ -107,7 +112,7 @@ class Gradient:
         return nullcontext()
 
 
-def _logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+def _logits(model: nn.Module, **inputs: torch.Tensor) -> torch.Tensor:
     """[batch * (context-1), vocab] logits of the positions that have a next token."""
-    logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    logits: torch.Tensor = model(**inputs, use_cache=False).logits
     return logits[:, :-1].flatten(0, 1)

@@ -13,7 +13,7 @@ from cast_serve.trainer.commands import find_command
 from cast_serve.trainer.errors import RunError
 
 _RESUME = "; if OUTPUT.run exists, --resume continues from its last checkpoint"
-_EXTRA = ("accelerate", "tensorboard", "matplotlib")
+_EXTRA = ("datasets", "tensorboard", "matplotlib")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

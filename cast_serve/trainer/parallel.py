@@ -63,8 +63,8 @@ def shard(model: PreTrainedModel, processes: Processes, *, offload: bool = False
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=processes.device.type == "cuda")
     for block in decoder_blocks(model):
         fully_shard(block, **options)
-    # True, also of what is outside the blocks: else those parameters stay whole after a forward pass
-    # without a backward pass, as evaluation is, and the optimizer would be given whole ones.
+    # True: else what is outside the blocks stays whole after a forward pass alone, as evaluation
+    # is, and the optimizer would be given whole parameters.
     fully_shard(model, reshard_after_forward=True, **options)
     set_model_state_dict(model, weights, options=_FROM_FIRST)
 

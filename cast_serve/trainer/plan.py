@@ -18,10 +18,20 @@ from cast_serve.trainer.config import (
     TRAVEL_REFUSED,
     RunConfig,
 )
+from cast_serve.trainer.data import Corpus
 from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.layers import LayerChoice
 from cast_serve.trainer.masks import Progress, progress, weight_mask
 from cast_serve.trainer.schedule import Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedSource:
+    """A source that is drawn by weight: its share of the training tokens, and its blocks."""
+
+    name: str
+    share: float
+    blocks: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +55,8 @@ class Plan:
     magnitudes: Progress
     travel: float
     memory: dict[str, int]
+    # Empty where all sources are read in full.
+    sources: tuple[PlannedSource, ...] = ()
 
     @property
     def tokens_per_step(self) -> int:
@@ -57,6 +69,10 @@ class Plan:
     @property
     def epochs(self) -> float:
         return self.tokens / (self.train_blocks * self.context)
+
+    def epochs_of(self, source: PlannedSource) -> float:
+        """How often the run reads a source that is drawn by weight."""
+        return source.share * self.tokens / (source.blocks * self.context)
 
     @property
     def verdict(self) -> str:
@@ -79,6 +95,24 @@ def step_count(config: RunConfig, *, train_blocks: int, context: int, processes:
     return max(1, math.ceil(epochs * train_blocks / per_step))
 
 
+def token_budget(config: RunConfig, *, context: int, processes: int = 1) -> int | None:
+    """Training tokens of a run in steps or tokens; None where it is counted in epochs."""
+    if config.steps is None and config.tokens is None:
+        return None
+    steps = step_count(config, train_blocks=0, context=context, processes=processes)
+    return steps * config.batch_size * config.gradient_accumulation * processes * context
+
+
+def planned_sources(corpus: Corpus) -> tuple[PlannedSource, ...]:
+    """The parts of a mixture; none without weights."""
+    if corpus.shares is None:
+        return ()
+    return tuple(
+        PlannedSource(name=name, share=share, blocks=len(part))
+        for name, share, part in zip(corpus.names, corpus.shares, corpus.parts, strict=True)
+    )
+
+
 def make_plan(
     config: RunConfig,
     model: PreTrainedModel,
@@ -91,6 +125,7 @@ def make_plan(
     teacher_bytes: int,
     lambda_: float | None,
     processes: int = 1,
+    sources: tuple[PlannedSource, ...] = (),
 ) -> Plan:
     """The plan for `model`, dense and untouched, under `config`."""
     schedule = Schedule(
@@ -120,6 +155,7 @@ def make_plan(
         magnitudes=magnitudes,
         travel=lr * schedule.reach() / magnitudes.masked if magnitudes.masked else math.inf,
         memory=_memory(config, model, sparse, context=context, teacher_bytes=teacher_bytes),
+        sources=sources,
     )
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from cast_serve.trainer.config import TRAVEL_ADVISED, TRAVEL_REFUSED, RunConfig
 from cast_serve.trainer.layers import LayerChoice
@@ -18,7 +19,8 @@ _VERDICTS = {
 
 def render_plan(plan: Plan, config: RunConfig) -> RenderableType:
     """Layers, run, memory and the travel check."""
-    return Group(_layers(plan), _run(plan, config), _memory(plan))
+    mixture = (_mixture(plan),) if plan.sources else ()
+    return Group(_layers(plan), _run(plan, config), *mixture, _memory(plan))
 
 
 def size(count: float, unit: str = "") -> str:
@@ -85,6 +87,21 @@ def _run(plan: Plan, config: RunConfig) -> Table:
     }
     for key, value in rows.items():
         table.add_row(key, value)
+    return table
+
+
+def _mixture(plan: Plan) -> Table:
+    table = Table(title="data, drawn by weight", title_justify="left")
+    table.add_column("source", overflow="fold")
+    for column in ("share", "tokens", "epochs"):
+        table.add_column(column, justify="right")
+    for source in plan.sources:
+        table.add_row(
+            Text(source.name),
+            f"{source.share:.1%}",
+            size(source.blocks * plan.context),
+            f"{plan.epochs_of(source):.3g}",
+        )
     return table
 
 

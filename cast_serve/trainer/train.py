@@ -18,6 +18,7 @@ from cast_serve.trainer import checkpoint
 from cast_serve.trainer.calibrate import measure_lambda
 from cast_serve.trainer.config import RunConfig
 from cast_serve.trainer.data import BlockStream, Corpus, load_corpus
+from cast_serve.trainer.data.packing import require_document_attention
 from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.evaluate import mean_loss, to_perplexity
 from cast_serve.trainer.export import dtype_name, prune_and_fold_, publish, write_training_form
@@ -26,7 +27,7 @@ from cast_serve.trainer.journal import Journal, read_history
 from cast_serve.trainer.layers import add_scales, choose_layers
 from cast_serve.trainer.loop import Training, compile_blocks, recompute_activations
 from cast_serve.trainer.parallel import replicate, shard, whole_weights
-from cast_serve.trainer.plan import Plan, check_travel, make_plan
+from cast_serve.trainer.plan import Plan, check_travel, make_plan, planned_sources, token_budget
 from cast_serve.trainer.plots import write_plots
 from cast_serve.trainer.processes import Processes, join
 from cast_serve.trainer.report import render_plan
@@ -62,13 +63,18 @@ def _run(config: RunConfig, console: Console, processes: Processes) -> None:
     fixed = processes.on_first(lambda: read_run(config)) if resumes else None
     source = _load_source(config, processes)
     context = context_length(source.model, config.context)
+    if config.document_attention:
+        processes.on_first(lambda: require_document_attention(source.model))
     corpus = processes.first_to_last(
         lambda: load_corpus(
             config.data,
             source.tokenizer,
             context=context,
             held_out=config.held_out,
-            eval_files=config.eval_data,
+            eval_sources=config.eval_data,
+            budget=token_budget(config, context=context, processes=processes.count),
+            text_key=config.text_key,
+            cache=config.token_cache,
         )
     )
     if fixed is not None:
@@ -109,12 +115,13 @@ def _plan(
         source.model,
         choose_layers(source.model, config.nm, scaling_blocks=config.scaling_blocks),
         context=context,
-        train_blocks=len(corpus.train),
+        train_blocks=corpus.train_blocks,
         eval_blocks=len(corpus.evaluation),
         evaluated_on=corpus.evaluated_on,
         teacher_bytes=parameters * width if config.eta else 0,
         lambda_=fixed.lambda_ if fixed else config.lambda_,
         processes=processes.count,
+        sources=planned_sources(corpus),
     )
 
 
@@ -128,7 +135,11 @@ def _train(
     processes: Processes,
 ) -> None:
     stream = BlockStream(
-        corpus.train, length=plan.steps * plan.sequences_per_step, seed=config.seed
+        *corpus.parts,
+        length=plan.steps * plan.sequences_per_step,
+        seed=config.seed,
+        shares=corpus.shares,
+        eos=corpus.eos if config.document_attention else None,
     )
     teacher = _teacher(source, config, processes) if config.eta > 0 else None
     add_scales(source.model, list(plan.layers), scaling_blocks=config.scaling_blocks)
@@ -192,7 +203,7 @@ def _finish(
         "perplexity_before_prune": to_perplexity(before),
         "perplexity_after_prune": to_perplexity(after),
     }
-    provenance = _provenance(config, plan, fixed, evaluation)
+    provenance = _provenance(config, corpus, plan, fixed, evaluation)
     processes.on_first(lambda: _export(config, source, weights, provenance))
     dtype = dtype_name(_stored_dtype(config, source))
     stored = "float32" if config.export_form == "training" else dtype
@@ -299,13 +310,17 @@ def _spread(config: RunConfig, model: PreTrainedModel, processes: Processes) -> 
 
 
 def _provenance(
-    config: RunConfig, plan: Plan, fixed: Fixed, evaluation: dict[str, Any]
+    config: RunConfig, corpus: Corpus, plan: Plan, fixed: Fixed, evaluation: dict[str, Any]
 ) -> dict[str, Any]:
     """cast.json: what made this checkpoint. Folder and file names only, no paths of a machine."""
     return {
         "teacher": config.model.resolve().name,
         "sparsity": config.pattern,
-        "data": {"files": [path.name for path in config.data], "sha256": fixed.data_sha256},
+        "data": {
+            "files": [source.name for source in config.data],
+            **({"shares": corpus.shares} if corpus.shares else {}),
+            "sha256": fixed.data_sha256,
+        },
         "tokens": plan.tokens,
         "steps": fixed.steps,
         "batch": plan.sequences_per_step,
@@ -323,7 +338,9 @@ def _provenance(
         "temperature": config.temperature,
         "scaling_blocks": config.scaling_blocks,
         "mask_interval": config.mask_interval,
+        "decay_ramp": config.decay_ramp,
         "compute": config.compute,
+        "document_attention": config.document_attention,
         "seed": config.seed,
         "evaluation": evaluation,
         "versions": {name: version(name) for name in ("cast-serve", "torch", "transformers")},

@@ -1,7 +1,7 @@
 """Tiny random models with a byte-level tokenizer, and text to train them on."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,9 +17,19 @@ from transformers import (
 )
 
 from cast_serve.trainer.config import RunConfig
+from cast_serve.trainer.data_source import DataSource
 
 EOS = "<eos>"
 VOCAB = 257
+
+
+@pytest.fixture(scope="session", autouse=True)
+def user_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Tokens of tests do not land in the cache of who runs them."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session")
@@ -99,7 +109,7 @@ def make_config(llama_dir: Path, text_file: Path, tmp_path: Path) -> Callable[..
     def make(**changes: object) -> RunConfig:
         settings = {
             "model": llama_dir,
-            "data": (text_file,),
+            "data": (DataSource(place=str(text_file)),),
             "output": tmp_path / "out",
             "steps": 12,
             "context": 32,

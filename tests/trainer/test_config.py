@@ -8,6 +8,7 @@ import pytest
 
 from cast_serve.trainer.arguments import parse
 from cast_serve.trainer.config import Pattern, RunConfig
+from cast_serve.trainer.data_source import DataSource
 from cast_serve.trainer.errors import RunError
 
 REQUIRED = ["--model", "m", "--data", "a.txt", "--output", "o"]
@@ -41,7 +42,7 @@ def test_yaml_holds_everything(tmp_path):
     )
     assert parse(["--config", str(path)]) == RunConfig(
         model=Path("m"),
-        data=(Path("a.txt"), Path("b.txt")),
+        data=(DataSource(place="a.txt"), DataSource(place="b.txt")),
         output=Path("o"),
         lambda_=4e-7,
         pattern="1:4",
@@ -58,7 +59,7 @@ def test_every_field_is_a_flag():
     assert config.lambda_ == 1e-6
     assert config.gradient_checkpointing
     assert config.tokens == 10**9
-    assert config.eval_data == (Path("x.txt"), Path("y.txt"))
+    assert config.eval_data == (DataSource(place="x.txt"), DataSource(place="y.txt"))
 
 
 def test_pattern_other_than_2_of_4_exports_dense():

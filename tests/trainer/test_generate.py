@@ -45,21 +45,20 @@ def test_going_in_circles_and_too_short():
 
 @given(index=st.integers(0, 10**9), seed=st.integers(0, 2**32 - 1))
 def test_prompt_depends_on_seed_and_number(index, seed):
-    corpus = torch.arange(100, 400, dtype=torch.int32)
-    prompts = Prompts(corpus=corpus, length=8, unprompted=0.25, begin=7, seed=seed)
+    blocks = torch.arange(100, 420, dtype=torch.int32).view(40, 8)
+    prompts = Prompts(corpus=list(blocks), unprompted=0.25, begin=7, seed=seed)
     first, *rest = prompts[index]
     assert (first, rest) == (7, prompts[index][1:])
     assert len(rest) <= 8
-    # A piece of the corpus, whose tokens count up.
-    assert rest == list(range(rest[0], rest[0] + len(rest))) if rest else True
+    assert not rest or any(rest == block[: len(rest)].tolist() for block in blocks)
 
 
 def test_share_of_texts_from_nothing():
-    corpus = torch.arange(500, dtype=torch.int32)
-    prompts = Prompts(corpus=corpus, length=8, unprompted=0.25, begin=7, seed=0)
+    blocks = list(torch.arange(320, dtype=torch.int32).view(40, 8))
+    prompts = Prompts(corpus=blocks, unprompted=0.25, begin=7, seed=0)
     alone = sum(prompts[index] == [7] for index in range(4000))
     assert alone == pytest.approx(1000, abs=100)
-    nothing = Prompts(corpus=None, length=8, unprompted=0.0, begin=7, seed=0)
+    nothing = Prompts(corpus=None, unprompted=0.0, begin=7, seed=0)
     assert nothing[3] == [7]
 
 

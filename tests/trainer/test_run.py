@@ -18,6 +18,7 @@ from cast_serve.kernels.pattern import nm_mask
 from cast_serve.trainer import train
 from cast_serve.trainer.calibrate import measure_lambda
 from cast_serve.trainer.data import BlockStream
+from cast_serve.trainer.data_source import DataSource
 from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.evaluate import perplexity
 from cast_serve.trainer.gradient import Gradient
@@ -50,7 +51,7 @@ def trained(tmp_path_factory, llama_dir, text_file):
 
     config = RunConfig(
         model=llama_dir,
-        data=(text_file,),
+        data=(DataSource(place=str(text_file)),),
         output=tmp_path_factory.mktemp("trained") / "out",
         steps=12,
         context=32,

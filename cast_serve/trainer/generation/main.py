@@ -55,11 +55,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--prompts",
-        type=Path,
         nargs="+",
         default=[],
         metavar="FILE",
-        help="text whose beginnings are continued, in any form that training reads; default: none",
+        help="text of whose kind more is to be written, as for training; default: none",
     )
     parser.add_argument(
         "--prompt-tokens", type=int, default=16, metavar="N", help="at most, of a prompt"
@@ -121,7 +120,7 @@ def _settings(given: argparse.Namespace) -> Settings:
             raise RunError(f"{name}: {getattr(given, name)} is out of range; it must be {wanted}")
     return Settings(
         model=str(given.model),
-        prompts=tuple(map(str, given.prompts)),
+        prompts=tuple(given.prompts),
         **{name: getattr(given, name) for name in ranges},
     )
 

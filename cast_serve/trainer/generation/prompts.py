@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from cast_serve.trainer.data.blocks import Blocks
 from cast_serve.trainer.errors import RunError
 
 
@@ -18,14 +19,12 @@ class Prompts:
     """Prompt number i, for any i: it depends on `seed` and i alone.
 
     Attributes:
-        corpus: int [tokens] of all documents, or None.
-        length: tokens of a prompt from the corpus, drawn from 1 to this.
+        corpus: blocks of tokens, whose first ones are a prompt, 1 to all of them; None for none.
         unprompted: share of prompts that are `begin` alone.
         begin: the token every text starts with.
     """
 
-    corpus: torch.Tensor | None
-    length: int
+    corpus: Sequence[torch.Tensor] | Blocks | None
     unprompted: float
     begin: int
     seed: int
@@ -34,9 +33,8 @@ class Prompts:
         draw = random.Random(self.seed * 1_000_003 + index)
         if self.corpus is None or draw.random() < self.unprompted:
             return [self.begin]
-        count = draw.randint(1, self.length)
-        start = draw.randrange(max(1, len(self.corpus) - count))
-        return [self.begin, *self.corpus[start : start + count].tolist()]
+        block = self.corpus[draw.randrange(len(self.corpus))]
+        return [self.begin, *block[: draw.randint(1, len(block))].tolist()]
 
 
 def begin_token(tokenizer: PreTrainedTokenizerBase) -> int:

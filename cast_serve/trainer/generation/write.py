@@ -6,12 +6,12 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from cast_serve.trainer.data import tokenize
+from cast_serve.trainer.data import load_corpus
+from cast_serve.trainer.data_source import DataSource
 from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.generation.distinct import Distinct, Verdict
 from cast_serve.trainer.generation.prompts import Prompts, begin_token
@@ -107,11 +107,14 @@ def _recall(
 
 
 def _prompts(settings: "Settings", tokenizer: PreTrainedTokenizerBase) -> Prompts:
-    files = tuple(map(Path, settings.prompts))
-    corpus: torch.Tensor | None = tokenize(files, tokenizer) if files else None
+    corpus = None
+    if settings.prompts:
+        sources = tuple(map(DataSource.parse, settings.prompts))
+        (corpus,) = load_corpus(
+            sources, tokenizer, context=settings.prompt_tokens, held_out=0.0
+        ).parts
     return Prompts(
         corpus=corpus,
-        length=settings.prompt_tokens,
         unprompted=settings.unprompted,
         begin=begin_token(tokenizer),
         seed=settings.seed,

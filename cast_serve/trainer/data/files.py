@@ -1,0 +1,260 @@
+"""The documents of local files, read piece by piece: a file may be larger than memory.
+
+    .txt .text .md   documents separated by three newlines (two blank lines)
+    .jsonl           one object a line, the text under `text_key`
+    .parquet         one document a row, the text in the column `text_key`
+    + .xz .gz .zst   any of the first four, compressed
+
+A document longer than PIECE characters comes in several pieces, cut before a line break or a space
+where there is one.
+"""
+
+import codecs
+import gzip
+import io
+import json
+import lzma
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from cast_serve.trainer.errors import RunError
+
+_TEXT = (".txt", ".text", ".md")
+_PACKED = (".xz", ".gz", ".zst")
+_DOCUMENT_END = "\n\n\n"
+_READ = 1 << 20
+PIECE = 1 << 20
+
+
+class Piece(NamedTuple):
+    """A document, or a part of a long one; `ends` with its last part."""
+
+    text: str
+    ends: bool
+
+
+def expand(path: Path) -> list[Path]:
+    """The file itself, or every file of a folder, also below it, sorted; hidden ones are left out.
+
+    Raises:
+        RunError: no such file, an empty folder, a file of no known kind.
+    """
+    if path.is_dir():
+        files = sorted(
+            found
+            for found in path.rglob("*")
+            if found.is_file()
+            and not any(part.startswith(".") for part in found.relative_to(path).parts)
+        )
+        if not files:
+            raise RunError(f"{path}: the folder holds no files")
+    else:
+        files = [path]
+    for file in files:
+        if _kind(file) is None:
+            known = ", ".join((*_TEXT, ".jsonl"))
+            elsewhere = "" if file == path else "; move it out, or name the files to read"
+            raise RunError(
+                f"{file}: unknown kind of file; use {known}, each also with "
+                f"{', '.join(_PACKED)}, or .parquet{elsewhere}"
+            )
+    return files
+
+
+def suffix(path: Path) -> str:
+    """What decides how a file is read: ".txt", ".jsonl.xz"."""
+    return "".join(path.suffixes[-2:]) if path.suffix in _PACKED else path.suffix
+
+
+def documents(path: Path, *, text_key: str) -> Iterator[Piece]:
+    """The documents of one file in order, without blank ones.
+
+    Raises:
+        RunError: the file cannot be read, is damaged, is not UTF-8, has no `text_key`, or holds no
+            text; names the file, and the line, row or byte.
+    """
+    kind = _kind(path)
+    if kind == ".parquet":
+        pieces = _parquet(path, text_key)
+    elif kind == ".jsonl":
+        pieces = _json_lines(path, text_key)
+    else:
+        pieces = _plain(path)
+    empty = True
+    for piece in pieces:
+        empty = False
+        yield piece
+    if empty:
+        raise RunError(f"{path}: holds no text")
+
+
+def cut(text: str) -> Iterator[Piece]:
+    """A whole document in pieces; nothing where it is blank.
+
+    Raises:
+        UnicodeEncodeError: it holds half a surrogate pair, which no tokenizer takes.
+    """
+    if not text.isascii():
+        text.encode()
+    if not text.strip():
+        return
+    while len(text) > PIECE:
+        end = _end_of_piece(text)
+        yield Piece(text[:end], ends=False)
+        text = text[end:]
+    yield Piece(text, ends=True)
+
+
+def _kind(path: Path) -> str | None:
+    """The suffix without that of the compression; None where it is unknown."""
+    if path.suffix in (".parquet", ".jsonl", *_TEXT):
+        return path.suffix
+    inner = Path(path.stem).suffix
+    return inner if path.suffix in _PACKED and inner in (".jsonl", *_TEXT) else None
+
+
+def _plain(path: Path) -> Iterator[Piece]:
+    rest, inside = "", False
+    for text in _decoded(path):
+        rest += text
+        *whole, rest = rest.split(_DOCUMENT_END)
+        for part in whole:
+            yield from _last_piece(part, inside)
+            inside = False
+        while len(rest) > PIECE:
+            rest = rest if inside else rest.lstrip()
+            end = _end_of_piece(rest)
+            if rest[:end]:
+                yield Piece(rest[:end], ends=False)
+                inside = True
+            rest = rest[end:]
+    yield from _last_piece(rest, inside)
+
+
+def _last_piece(text: str, inside: bool) -> Iterator[Piece]:
+    text = text.rstrip() if inside else text.strip()
+    if text or inside:
+        yield Piece(text, ends=True)
+
+
+def _end_of_piece(text: str) -> int:
+    # From 1: a piece that was cut before a line break starts with it.
+    for mark in ("\n", " "):
+        end = text.rfind(mark, 1, PIECE)
+        if end > 0:
+            return end
+    return min(PIECE, len(text))
+
+
+def _decoded(path: Path) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    done = 0
+    with _opened(path) as file:
+        while True:
+            raw = file.read(_READ)
+            done += len(raw)
+            try:
+                yield decoder.decode(raw, final=not raw)
+            except UnicodeDecodeError as error:
+                # error.object is what was left of the piece before, and this one.
+                place = done - len(error.object) + error.start
+                raise RunError(f"{path}: is not UTF-8 at byte {place}; convert it") from error
+            if not raw:
+                return
+
+
+def _json_lines(path: Path, text_key: str) -> Iterator[Piece]:
+    start = 0
+    with _opened(path) as file:
+        # Lines of bytes end at \n alone: U+2028 and its like are legal inside a JSON string.
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield from _json_line(path, text_key, number, start, line)
+            start += len(line)
+
+
+def _json_line(path: Path, text_key: str, number: int, start: int, line: bytes) -> Iterator[Piece]:
+    try:
+        row = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        place = start + error.start
+        raise RunError(f"{path}: is not UTF-8 at byte {place}; convert it") from error
+    except json.JSONDecodeError as error:
+        raise RunError(f"{path}: line {number} is not JSON: {error.msg}") from error
+    if not isinstance(row, dict) or not isinstance(row.get(text_key), str):
+        raise RunError(
+            f'{path}: line {number} is no object with a string under "{text_key}" (text_key)'
+        )
+    try:
+        yield from cut(row[text_key])
+    except UnicodeEncodeError as error:
+        raise RunError(f"{path}: line {number} holds half a surrogate pair") from error
+
+
+def _parquet(path: Path, text_key: str) -> Iterator[Piece]:
+    import pyarrow
+    from pyarrow import parquet
+
+    number = 0
+    try:
+        with parquet.ParquetFile(path, memory_map=True) as file:
+            names = file.schema_arrow.names
+            if text_key not in names:
+                raise RunError(
+                    f'{path}: has no column "{text_key}"; set text_key to one of {", ".join(names)}'
+                )
+            for batch in file.iter_batches(batch_size=1024, columns=[text_key]):
+                for value in batch.column(0):
+                    number += 1
+                    text = value.as_py()
+                    if not isinstance(text, str):
+                        raise RunError(f'{path}: row {number} has no string under "{text_key}"')
+                    yield from cut(text)
+    except pyarrow.ArrowInvalid as error:
+        raise RunError(f"{path}: is not a whole parquet file: {_first_line(error)}") from error
+    except UnicodeDecodeError as error:
+        raise RunError(f"{path}: row {number} is not UTF-8") from error
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read: {_reason(error)}") from error
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[io.BufferedIOBase]:
+    """The bytes of a file, without its compression; what fails inside is a RunError."""
+    kind = path.suffix[1:]
+    damaged: tuple[type[Exception], ...] = (lzma.LZMAError, EOFError, zlib.error, gzip.BadGzipFile)
+    try:
+        # Opened first whatever it is, so that what keeps it closed is told from what damages it.
+        with path.open("rb") as raw:
+            if path.suffix == ".zst":
+                # In the standard library from Python 3.14 on.
+                import pyarrow
+
+                damaged = (*damaged, OSError)
+                stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw), "zstd")
+                yield io.BufferedReader(stream)
+            elif path.suffix == ".xz":
+                with lzma.open(raw) as file:
+                    yield file
+            elif path.suffix == ".gz":
+                with gzip.open(raw) as file:
+                    yield file
+            else:
+                yield raw
+    except damaged as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise RunError(f"{path}: cannot be read: {_reason(error)}") from error
+        raise RunError(f"{path}: is not a whole {kind} file: {_first_line(error)}") from error
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read: {_reason(error)}") from error
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror.split("\n")[0] if error.strerror else _first_line(error)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n")[0]

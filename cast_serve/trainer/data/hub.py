@@ -1,0 +1,105 @@
+"""The documents of a data set of the hub, or of one on disk that `datasets` reads or has saved.
+
+Rows are streamed: what is not asked for is not downloaded. A hub id is read at the commit that its
+main branch is at when the run starts; where the hub cannot be reached, at the one last seen, whose
+tokens may be cached.
+"""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cast_serve.trainer.data.cache import note_commit, noted_commit
+from cast_serve.trainer.data.files import Piece, cut
+from cast_serve.trainer.data_source import HubName
+from cast_serve.trainer.errors import RunError
+
+logger = logging.getLogger(__name__)
+
+
+def revision(hub: HubName, *, cache: bool = True) -> str:
+    """The commit of a hub id; with `cache` it is noted for when the hub cannot be reached.
+
+    Raises:
+        RunError: the hub cannot be reached, or has no such data set, and never had.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        sha = HfApi().dataset_info(hub.name, timeout=30).sha
+    except (OSError, HfHubHTTPError, ValueError) as error:
+        noted = noted_commit(hub.name) if cache else None
+        if noted is not None:
+            logger.warning("hub:%s: %s; taking commit %s, last seen", hub.name, _said(error), noted)
+            return noted
+        raise RunError(
+            f"data: hub:{hub.name}: {_said(error)}; check the name and the connection, or give a "
+            "local copy as hub:./folder"
+        ) from error
+    assert sha is not None, "asked for without expand, so the answer has it"
+    if cache:
+        note_commit(hub.name, sha)
+    return sha
+
+
+def rows(hub: HubName, commit: str | None, *, text_key: str) -> Iterator[Piece]:
+    """The documents in the data set's own order; `commit` is None for a folder.
+
+    Raises:
+        RunError: no such configuration, split or column; the connection is lost; a row is no text.
+    """
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HfHubHTTPError
+    from pyarrow import ArrowException
+
+    empty = True
+    number = 0
+    try:
+        table = _opened(hub, commit)
+        names = table.column_names
+        if names is not None and text_key not in names:
+            raise RunError(
+                f'data: hub:{hub.name} has no column "{text_key}"; set text_key to one of '
+                f"{', '.join(names)}"
+            )
+        # Other columns may be images: not read, not decoded.
+        for number, row in enumerate(table.select_columns([text_key]), start=1):
+            if not isinstance(row[text_key], str):
+                raise RunError(f'data: hub:{hub.name}: row {number} has no string: "{text_key}"')
+            for piece in cut(row[text_key]):
+                empty = False
+                yield piece
+    except UnicodeEncodeError as error:
+        raise RunError(f"data: hub:{hub.name}: row {number} has half a surrogate pair") from error
+    except RunError:
+        raise
+    except (OSError, ValueError, DatasetsError, HfHubHTTPError, ArrowException) as error:
+        place = f" after row {number}" if number else ""
+        raise RunError(f"data: hub:{hub.name}{place}: {_said(error)}") from error
+    if empty:
+        raise RunError(f"data: hub:{hub.name}: holds no text")
+
+
+def _opened(hub: HubName, commit: str | None) -> Any:
+    from datasets import load_dataset, load_from_disk
+
+    folder = hub.folder
+    if folder is not None and _saved_to_disk(folder):
+        saved = load_from_disk(str(folder))
+        if not isinstance(saved, dict):
+            return saved
+        if hub.split not in saved:
+            raise RunError(f"data: hub:{hub.name}: no split {hub.split}; has {', '.join(saved)}")
+        return saved[hub.split]
+    name = hub.name if folder is None else str(folder)
+    return load_dataset(name, hub.config, split=hub.split, streaming=True, revision=commit)
+
+
+def _saved_to_disk(folder: Path) -> bool:
+    return any((folder / mark).is_file() for mark in ("state.json", "dataset_dict.json"))
+
+
+def _said(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
