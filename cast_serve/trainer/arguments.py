@@ -10,6 +10,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
+from cast_serve.trainer.commands import COMMANDS
 from cast_serve.trainer.config import RunConfig, key_of
 from cast_serve.trainer.errors import RunError
 
@@ -23,18 +24,21 @@ _GROUPS = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are RunErrors; for cast-train and each of its subcommands."""
+
     def error(self, message: str) -> NoReturn:
-        raise RunError(f"{message}; cast-train --help lists the flags")
+        raise RunError(f"{message}; {self.prog} --help lists the flags")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of cast-train; its result holds the flags that were given and no defaults."""
-    parser = _Parser(
+    parser = Parser(
         prog="cast-train",
         description="Train a dense language model to N:M sparsity with CAST, ready for cast-serve.",
         epilog="A key of the YAML file is a flag with underscores: --batch-size is batch_size. "
-        "Errors are one line on stderr and exit status 2.",
+        "Errors are one line on stderr and exit status 2. "
+        f"Other commands, each with its own --help: {', '.join(COMMANDS)}.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )

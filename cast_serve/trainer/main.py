@@ -1,12 +1,18 @@
-"""cast-train: the command. Errors a user can put right are one line on stderr and exit status 2."""
+"""cast-train: the command. Errors a user can put right are one line on stderr and exit status 2.
+
+`cast-train --model ...` trains; `cast-train NAME ...` is one of the commands of commands.py.
+"""
 
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
+from cast_serve.model_loaders.errors import CheckpointError
 from cast_serve.trainer.arguments import parse
+from cast_serve.trainer.commands import find_command
 from cast_serve.trainer.errors import RunError
 
+_RESUME = "; if OUTPUT.run exists, --resume continues from its last checkpoint"
 _EXTRA = ("accelerate", "tensorboard", "matplotlib")
 
 
@@ -14,36 +20,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run cast-train; returns its exit status."""
     from rich.console import Console
 
+    arguments = sys.argv[1:] if arguments is None else arguments
+    # No flag takes a word before it: what does not start with a dash names a command.
+    name = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    program = f"cast-train {name}" if name else "cast-train"
     # highlight=False: rich would colour parts of numbers and paths.
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
-        config = parse(arguments)
-        missing = [name for name in _EXTRA if find_spec(name) is None]
-        if missing:
-            raise RunError(
-                f"training needs {', '.join(missing)}; install it: pip install 'cast-serve[train]'"
-            )
-        # Here, because transformers takes seconds to import and --help must not wait for it.
-        from transformers.utils.logging import disable_progress_bar
-
-        from cast_serve.model_loaders.errors import CheckpointError
-        from cast_serve.trainer.train import run
-
-        # Bars of loading and of every checkpoint's shards would break up the one of the steps.
-        disable_progress_bar()
-        try:
-            run(config, Console(highlight=False))
-        except CheckpointError as error:
-            raise RunError(str(error)) from error
-    except RunError as error:
-        errors.print(f"cast-train: error: {error}", markup=False)
+        return find_command(name)(arguments[1:]) if name else _train(arguments)
+    except (RunError, CheckpointError) as error:
+        errors.print(f"{program}: error: {error}", markup=False)
         return 2
     except KeyboardInterrupt:
-        errors.print(
-            "cast-train: interrupted; "
-            "if OUTPUT.run exists, --resume continues from its last checkpoint"
-        )
+        errors.print(f"{program}: interrupted{_RESUME if not name else ''}", markup=False)
         return 130
+
+
+def _train(arguments: Sequence[str]) -> int:
+    config = parse(arguments)
+    missing = [name for name in _EXTRA if find_spec(name) is None]
+    if missing:
+        raise RunError(
+            f"training needs {', '.join(missing)}; install it: pip install 'cast-serve[train]'"
+        )
+    # Here, because transformers takes seconds to import and --help must not wait for it.
+    from rich.console import Console
+    from transformers.utils.logging import disable_progress_bar
+
+    from cast_serve.trainer.train import run
+
+    # Bars of loading and of every checkpoint's shards would break up the one of the steps.
+    disable_progress_bar()
+    run(config, Console(highlight=False))
     return 0
 
 
