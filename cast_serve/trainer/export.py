@@ -72,7 +72,7 @@ def publish(
     if config.export_form == "training":
         shutil.copytree(training_form, staging)
         _write_json(staging / "cast.json", provenance)
-    elif config.pattern == "2:4":
+    elif config.pattern == "2:4" and config.method != "dense":
         from cast_serve.model_loaders.convert import convert
 
         convert(training_form, staging, to=config.export_form, dtype=dtype, provenance=provenance)

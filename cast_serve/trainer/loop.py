@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import TensorDataset
 from transformers import (
     PreTrainedModel,
     ProgressCallback,
@@ -26,9 +27,9 @@ from cast_serve.trainer.config import RunConfig
 from cast_serve.trainer.data import BlockStream, collate
 from cast_serve.trainer.distill import distillation_loss
 from cast_serve.trainer.errors import RunError
-from cast_serve.trainer.layers import optimizer_groups
 from cast_serve.trainer.masks import progress
-from cast_serve.trainer.optim import AdamS
+from cast_serve.trainer.methods import method_of
+from cast_serve.trainer.preview import preview
 from cast_serve.trainer.run_dir import STAGING, Fixed, checkpoints
 from cast_serve.trainer.schedule import Schedule
 
@@ -43,6 +44,7 @@ class CastTrainer(Trainer):
         model: PreTrainedModel,
         teacher: PreTrainedModel | None,
         stream: BlockStream,
+        evaluation: torch.Tensor,
         *,
         callbacks: list[TrainerCallback],
     ) -> None:
@@ -51,22 +53,15 @@ class CastTrainer(Trainer):
         self.config = config
         self.teacher = teacher
         self._logits = torch.compile(_logits) if config.compile else _logits
-        self.adams = AdamS(
-            optimizer_groups(model),
-            lr=fixed.lr,
-            decay=fixed.lambda_,
-            total_steps=fixed.steps,
-            pattern=config.nm,
-            betas=(config.beta1, config.beta2),
-            eps=config.eps,
-            mask_interval=config.mask_interval,
-        )
+        self.adam = method_of(config).optimizer(model, fixed)
         super().__init__(
             model=model,
             args=arguments,
             data_collator=collate,
             train_dataset=stream,
-            optimizers=(self.adams, LambdaLR(self.adams, schedule.factor())),
+            # Read by evaluate() below alone; the Trainer wants to see that there is one.
+            eval_dataset=TensorDataset(evaluation),
+            optimizers=(self.adam, LambdaLR(self.adam, schedule.factor())),
             callbacks=callbacks,
         )
         # compute_loss is a mean over one forward pass: the Trainer divides by their number a step.
@@ -76,6 +71,7 @@ class CastTrainer(Trainer):
         self._parts = torch.zeros(2, device=arguments.device)
         self._parts_count = 0
         self._checkpoint_root: Path | None = None
+        self._evaluation = evaluation
 
     def compute_loss(
         self,
@@ -123,17 +119,29 @@ class CastTrainer(Trainer):
         ce, kl = (self._parts / max(1, self._parts_count)).tolist()
         self._parts.zero_()
         self._parts_count = 0
-        now = progress(self.adams.masked_weights())
-        found = {
-            "ce": ce,
-            "sparse_weight_ratio": now.sparse_weight_ratio,
-            "masked_magnitude": now.masked,
-            "kept_magnitude": now.kept,
-        }
+        found = {"ce": ce}
         if self.teacher is not None:
             found["kl"] = kl
-        if self.adams.flips is not None:
-            found["mask_flips"] = self.adams.flips
+        if pairs := list(self.adam.masked_weights()):
+            now = progress(pairs)
+            found["sparse_weight_ratio"] = now.sparse_weight_ratio
+            found["masked_magnitude"] = now.masked
+            found["kept_magnitude"] = now.kept
+        if self.adam.flips is not None:
+            found["mask_flips"] = self.adam.flips
+        return found
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Log preview() of the model after this step; training goes on as if it had not been."""
+        if self.state.global_step and not self.control.should_evaluate:
+            # The start of a resumed run: what was due at this step is in the checkpoint's history.
+            return {}
+        assert isinstance(self.model, PreTrainedModel)
+        found = preview(self.model, self._evaluation, self.config.nm)
+        self.log(found)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics=found
+        )
         return found
 
     def _autocast(self) -> AbstractContextManager[Any]:
@@ -168,7 +176,7 @@ class ProgressBar(ProgressCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if self.training_bar is not None and logs and "loss" in logs:
             self.training_bar.set_postfix_str(
-                f"loss {logs['loss']:.3f}  S {logs['sparse_weight_ratio']:.4f}  "
+                f"loss {logs['loss']:.3f}  S {logs.get('sparse_weight_ratio', 1):.4f}  "
                 f"lr {logs['learning_rate']:.1e}"
             )
 
@@ -196,6 +204,9 @@ def training_arguments(config: RunConfig, fixed: Fixed) -> TrainingArguments:
         logging_first_step=True,
         # A NaN must stop the run, not be averaged away in the log.
         logging_nan_inf_filter=False,
+        eval_strategy="no" if config.eval_steps is None else "steps",
+        eval_steps=config.eval_steps,
+        eval_on_start=config.eval_steps is not None,
         save_strategy="steps",
         save_steps=config.save_steps,
         report_to="none",

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from cast_serve.trainer.config import TRAVEL_ADVISED, TRAVEL_REFUSED, RunConfig
 from cast_serve.trainer.layers import LayerChoice
+from cast_serve.trainer.methods.baselines import AST_DECAY, SR_STE_DECAY
 from cast_serve.trainer.plan import Plan
 
 _VERDICTS = {
@@ -62,28 +63,41 @@ def _run(plan: Plan, config: RunConfig) -> Table:
     table = Table(title="run", title_justify="left", show_header=False)
     share = plan.sparse_parameters / plan.parameters
     batch = f"{config.batch_size} x {config.gradient_accumulation} x {plan.context}"
-    measured = "measured on the first batches"
     form = config.export_form
     fallback = f" (only 2:4 packs, not {config.pattern})" if form != config.export else ""
     rows = {
+        "method": config.method,
         "parameters": f"{size(plan.parameters)}, of which {size(plan.sparse_parameters)} "
-        f"({share:.1%}) to {config.pattern}, and {size(plan.scales)} scales",
+        f"({share:.1%}) to {config.pattern}"
+        + (f", and {size(plan.scales)} scales" if plan.scales else ""),
         "tokens": f"{size(plan.tokens)} in {plan.steps:,} steps of "
         f"{plan.tokens_per_step:,} ({batch})",
         "data": f"{size(plan.train_blocks * plan.context)} tokens, {plan.epochs:.3g} epochs; "
         f"evaluation on {size(plan.eval_blocks * plan.context)} ({plan.evaluated_on})",
         "learning rate": f"{plan.lr:.3g}{'' if config.lr else ' (default)'}, "
         f"warm-up {config.warmup:.0%}, cosine to {config.lr_floor:g} x",
-        "lambda": measured if plan.lambda_ is None else f"{plan.lambda_:.3g}",
+        "lambda": _lambda(plan, config),
         "loss": f"{config.eta:.3g} KL + {1 - config.eta:.3g} CE, "
         f"temperature {config.temperature:g}",
         "mean |w|": f"{plan.magnitudes.masked:.3g} masked, {plan.magnitudes.kept:.3g} kept",
-        "travel": f"{plan.travel:.2f} ({_VERDICTS[plan.verdict]})",
+        "travel": "" if plan.travel is None else f"{plan.travel:.2f} ({_VERDICTS[plan.verdict]})",
         "output": f"{config.output}, {form}{fallback}",
     }
     for key, value in rows.items():
+        if not value:
+            continue
         table.add_row(key, value)
     return table
+
+
+def _lambda(plan: Plan, config: RunConfig) -> str:
+    if plan.lambda_ is not None:
+        return f"{plan.lambda_:.3g}"
+    return {
+        "cast": "measured on the first batches",
+        "sr-ste": f"{SR_STE_DECAY:g} (default)",
+        "ast": f"{AST_DECAY:g} (default)",
+    }.get(config.method, "")
 
 
 def _memory(plan: Plan) -> Table:

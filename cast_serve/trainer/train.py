@@ -1,6 +1,7 @@
 """One CAST run from a dense checkpoint to the sparse one: plan, train, prune, fold, export."""
 
 import copy
+import dataclasses
 import shutil
 from importlib.metadata import version
 from typing import Any
@@ -9,14 +10,14 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from cast_serve.trainer.calibrate import measure_lambda
 from cast_serve.trainer.config import RunConfig
 from cast_serve.trainer.data import BlockStream, Corpus, load_corpus
 from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.evaluate import mean_loss, to_perplexity
 from cast_serve.trainer.export import dtype_name, prune_and_fold_, publish, write_training_form
-from cast_serve.trainer.layers import LayerChoice, add_scales, choose_layers
+from cast_serve.trainer.layers import LayerChoice, choose_layers
 from cast_serve.trainer.loop import CastTrainer, tensorboard
+from cast_serve.trainer.methods import method_of
 from cast_serve.trainer.plan import Plan, check_travel, make_plan
 from cast_serve.trainer.plots import write_plots
 from cast_serve.trainer.report import render_plan
@@ -50,6 +51,9 @@ def run(config: RunConfig, console: Console) -> None:
     if fixed is not None:
         check_same_data(fixed, corpus)
     layers = choose_layers(source.model, config.nm, scaling_blocks=config.scaling_blocks)
+    if config.method == "dense":
+        because = "method dense"
+        layers = [dataclasses.replace(layer, dense_because=because) for layer in layers]
     plan = _plan(config, source, corpus, layers, context, fixed)
     console.print(render_plan(plan, config))
     # A run that is resumed was allowed when it started.
@@ -104,18 +108,20 @@ def _train(
     )
     teacher = _teacher(source, config) if config.eta > 0 else None
     dense_loss = fixed.dense_loss if fixed else mean_loss(model, corpus.evaluation)
-    add_scales(model, list(plan.layers), scaling_blocks=config.scaling_blocks)
+    method = method_of(config)
+    checkpoint = last_checkpoint(config.run_dir) if config.resume else None
+    layers = list(plan.layers)
+    method.add_layers(model, layers, corpus.train, resumed=checkpoint is not None)
     if fixed is None:
         fixed = Fixed(
             steps=plan.steps,
             context=plan.context,
             lr=plan.lr,
-            lambda_=config.lambda_ or measure_lambda(model, stream, config),
+            lambda_=config.lambda_ or method.decay(model, stream),
             data_sha256=corpus.sha256,
             dense_loss=dense_loss,
         )
         write_run(config, fixed)
-    checkpoint = last_checkpoint(config.run_dir) if config.resume else None
     done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     if config.resume:
         console.print(f"resuming after step {done} of {fixed.steps}", markup=False)
@@ -125,6 +131,7 @@ def _train(
         model,
         teacher,
         stream,
+        corpus.evaluation,
         callbacks=[tensorboard(config, first_step=done + 1)],
     )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -205,6 +212,8 @@ def _provenance(
 ) -> dict[str, Any]:
     """cast.json: what made this checkpoint. Folder and file names only, no paths of a machine."""
     return {
+        "method": config.method,
+        **({"initial_mask": config.initial_mask} if config.method == "fixed-mask" else {}),
         "teacher": config.model.resolve().name,
         "sparsity": config.pattern,
         "data": {"files": [path.name for path in config.data], "sha256": fixed.data_sha256},
