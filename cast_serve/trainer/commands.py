@@ -15,7 +15,9 @@ from cast_serve.trainer.errors import RunError
 Command = Callable[[Sequence[str]], int]
 
 # name: "module:function"
-COMMANDS: dict[str, str] = {}
+COMMANDS: dict[str, str] = {
+    "compare": "cast_serve.trainer.compare:main",
+}
 
 
 def find_command(name: str) -> Command:

@@ -150,10 +150,10 @@ class RunConfig:
     eval_data: tuple[Path, ...] = _option(
         (), "files to evaluate on in place of a held-out share", group="run"
     )
-    eval_steps: int | None = _option(
+    eval_steps: float | None = _option(
         None,
-        "steps between evaluations, as the model trains and as it would be pruned then; default: "
-        "at the end only",
+        "steps between evaluations, as the model trains and as it would be pruned then; below 1 a "
+        "share of the run; default: at the end only",
         group="run",
     )
     save_steps: int = _option(500, "steps between checkpoints", group="run", identity=False)
@@ -229,15 +229,17 @@ class RunConfig:
 
     def _check_ranges(self) -> None:
         at_least_one = "steps tokens batch_size gradient_accumulation scaling_blocks mask_interval"
-        for key in (*at_least_one.split(), "eval_steps", "save_steps", "save_limit", "log_steps"):
+        for key in (*at_least_one.split(), "save_steps", "save_limit", "log_steps"):
             _require(key, getattr(self, key), lambda v: v >= 1, "at least 1")
         _require("context", self.context, lambda v: v >= 2, "at least 2")
-        for key in ("epochs", "lr", "lambda_", "temperature", "eps"):
+        for key in ("epochs", "lr", "lambda_", "temperature", "eps", "eval_steps"):
             _require(key, getattr(self, key), lambda v: 0 < v < float("inf"), "above 0")
         for key in ("eta", "lr_floor"):
             _require(key, getattr(self, key), lambda v: 0 <= v <= 1, "from 0 to 1")
         for key in ("warmup", "beta1", "beta2", "held_out"):
             _require(key, getattr(self, key), lambda v: 0 <= v < 1, "from 0 to below 1")
+        whole_or_share = "a whole number or a share below 1"
+        _require("eval_steps", self.eval_steps, lambda v: v < 1 or v % 1 == 0, whole_or_share)
         _require("clip", self.clip, lambda v: 0 <= v < float("inf"), "0 or more")
         _require("seed", self.seed, lambda v: 0 <= v < 2**32, "from 0 to below 2^32")
         if self.eta == 1 and self.lambda_ is None and self.method == "cast":
@@ -252,10 +254,6 @@ class RunConfig:
             raise RunError(f"lambda: method {self.method} has no decay; leave it out")
         if self.initial_mask != "magnitude" and self.method != "fixed-mask":
             raise RunError(f"initial_mask: method {self.method} starts dense; use fixed-mask")
-        if self.scale_baselines and self.method in ("cast", "dense"):
-            raise RunError(
-                f"scale_baselines: it is for fixed-mask, sr-ste and ast, not {self.method}"
-            )
         if self.export == "training" and self.method != "cast":
             raise RunError(
                 f"export: the training form is of method cast, not {self.method}; use packed, dense"

@@ -205,7 +205,8 @@ def training_arguments(config: RunConfig, fixed: Fixed) -> TrainingArguments:
         # A NaN must stop the run, not be averaged away in the log.
         logging_nan_inf_filter=False,
         eval_strategy="no" if config.eval_steps is None else "steps",
-        eval_steps=config.eval_steps,
+        # Below 1 it is a share of the run for HF as well, which wants whole steps as an int.
+        eval_steps=_whole(config.eval_steps),
         eval_on_start=config.eval_steps is not None,
         save_strategy="steps",
         save_steps=config.save_steps,
@@ -235,3 +236,7 @@ def tensorboard(config: RunConfig, *, first_step: int) -> TensorBoardCallback:
 def _logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """[batch * (context-1), vocab] logits of the positions that have a next token."""
     return model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+
+
+def _whole(steps: float | None) -> float | None:
+    return int(steps) if steps is not None and steps >= 1 else steps

@@ -96,11 +96,8 @@ def _train(
     fixed: Fixed | None,
     console: Console,
 ) -> None:
-    device = torch.device(
-        "cuda" if config.device == "auto" and torch.cuda.is_available() else "cpu"
-    )
     model = source.model
-    model.to(device)  # type: ignore[arg-type]  # hidden by a decorator of transformers
+    model.to(device_of(config))  # type: ignore[arg-type]  # hidden by a decorator of transformers
     stream = BlockStream(
         corpus.train,
         length=plan.steps * config.batch_size * config.gradient_accumulation,
@@ -190,6 +187,12 @@ def _finish(
         )
     console.print(f"wrote {config.output} ({config.export_form}, {stored})", markup=False)
     console.print(f"logs and plots: {config.run_dir}", markup=False)
+
+
+def device_of(config: RunConfig) -> torch.device:
+    """The GPU if there is one and the configuration allows it."""
+    gpu = config.device == "auto" and torch.cuda.is_available()
+    return torch.device("cuda" if gpu else "cpu")
 
 
 def check_same_data(fixed: Fixed, corpus: Corpus) -> None:

@@ -260,9 +260,9 @@ def test_bf16_and_accumulation(make_config, method):
         ({"method": "dense", "lambda_": 1.0}, "lambda: method dense has no decay"),
         ({"method": "fixed-mask", "lambda_": 1.0}, "lambda: method fixed-mask has no decay"),
         ({"initial_mask": "wanda"}, "initial_mask: method cast starts dense; use fixed-mask"),
-        ({"scale_baselines": True}, "scale_baselines: it is for fixed-mask, sr-ste and ast"),
         ({"method": "ast", "export": "training"}, "the training form is of method cast, not ast"),
-        ({"eval_steps": 0}, "eval_steps: 0 is out of range"),
+        ({"eval_steps": 0}, "eval_steps: 0 is out of range; it must be above 0"),
+        ({"eval_steps": 1.5}, "eval_steps: 1.5 is out of range; it must be a whole number or a"),
     ],
 )
 def test_options_that_a_method_would_ignore(make_config, changes, message):
