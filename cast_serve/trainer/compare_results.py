@@ -9,21 +9,11 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from cast_serve.trainer.compare import Job
 from cast_serve.trainer.config import RunConfig
 from cast_serve.trainer.run_dir import last_checkpoint
-
-
-class FinishedJob(Protocol):
-    """What is read of a compare.Job."""
-
-    @property
-    def method(self) -> str: ...
-    @property
-    def config(self) -> RunConfig: ...
-    @property
-    def trains(self) -> bool: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +41,7 @@ class Row:
     curve: tuple[Point, ...]
 
 
-def write_results(jobs: Sequence[FinishedJob], folder: Path) -> list[Row]:
+def write_results(jobs: Sequence[Job], folder: Path) -> list[Row]:
     """Write results.json, results.md, perplexity.png and final.png of finished `jobs`."""
     import torch
 
@@ -79,7 +69,7 @@ def write_results(jobs: Sequence[FinishedJob], folder: Path) -> list[Row]:
     return rows
 
 
-def read_row(job: FinishedJob) -> Row:
+def read_row(job: Job) -> Row:
     """The row of a finished run."""
     record, config = _record(job.config), job.config
     evaluation = record["evaluation"]
@@ -121,7 +111,7 @@ def render(rows: Sequence[Row], setting: dict[str, Any], env: dict[str, Any]) ->
         f"# {setting['model']} to {setting['pattern']}, method by method",
         "",
         f"Perplexity on {setting['evaluation_tokens']:,} tokens ({setting['evaluated_on']}), "
-        f"non-overlapping windows of {setting['context']}. Trained on "
+        f"non-overlapping windows of {setting['context']}, weights in fp32. Trained on "
         f"{', '.join(setting['data'])}. {env['gpu']}, torch {env['torch']}, commit "
         f"{env['commit']}.",
         "",
@@ -129,40 +119,38 @@ def render(rows: Sequence[Row], setting: dict[str, Any], env: dict[str, Any]) ->
             ("method", "tokens", "lr", "lambda", "seed", "before the prune", "perplexity"),
             [
                 ("untouched, dense", "0", "", "", "", "", _number(rows[0].perplexity_dense)),
-                *(
-                    (
-                        row.method,
-                        f"{row.tokens:,}",
-                        f"{row.lr:.3g}" if row.lr else "",
-                        f"{row.lambda_:.3g}" if row.lambda_ else "",
-                        str(row.seed),
-                        _number(row.perplexity_before_prune),
-                        _number(row.perplexity),
-                    )
-                    for row in rows
-                ),
+                *(_cells(row) for row in rows),
             ],
         ),
         "",
     ]
-    groups = [group for group in _by_setting(rows) if len(group) > 1]
-    if groups:
+    repeated = [_mean_cells(group) for group in _by_setting(rows) if len(group) > 1]
+    if repeated:
         lines += ["Over the seeds, mean and standard deviation of the sample:", ""]
-        lines += _table(
-            ("method", "lr", "seeds", "perplexity"),
-            [
-                (
-                    group[0].method,
-                    f"{group[0].lr:.3g}" if group[0].lr else "",
-                    str(len(group)),
-                    f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}",
-                )
-                for group in groups
-                for values in [[row.perplexity for row in group]]
-            ],
-        )
+        lines += _table(("method", "lr", "lambda", "seeds", "perplexity"), repeated)
         lines.append("")
     return "\n".join(lines)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    before, after = _number(row.perplexity_before_prune), _number(row.perplexity)
+    return (row.method, f"{row.tokens:,}", *_setting(row), str(row.seed), before, after)
+
+
+def _mean_cells(group: Sequence[Row]) -> tuple[str, ...]:
+    """Of rows that differ by their seed alone."""
+    values = [row.perplexity for row in group]
+    found = f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+    # A default that is measured, such as CAST's lambda, may follow the seed.
+    settings = [
+        cells[0] if len(set(cells)) == 1 else "each its own"
+        for cells in zip(*map(_setting, group), strict=True)
+    ]
+    return (group[0].method, *settings, str(len(group)), found)
+
+
+def _setting(row: Row) -> tuple[str, str]:
+    return (f"{row.lr:.3g}" if row.lr else "", f"{row.lambda_:.3g}" if row.lambda_ else "")
 
 
 def plot_curves(rows: Sequence[Row], path: Path) -> None:
@@ -177,13 +165,15 @@ def plot_curves(rows: Sequence[Row], path: Path) -> None:
     colours = _colours(rows)
     for row in rows:
         label, colour = _label(row, rows), colours[row.method]
+        peers = [peer for peer in rows if peer.method == row.method]
+        marker = "os^vPX*"[peers.index(row) % 7]
         if not row.curve:
             axes.plot([0], [row.perplexity], "D", color=colour, label=label, clip_on=False)
             continue
         tokens = [point.tokens for point in row.curve]
         trained = [point.perplexity for point in row.curve]
         pruned = [p.perplexity if p.pruned is None else p.pruned for p in row.curve]
-        axes.plot(tokens, pruned, marker="o", ms=3, color=colour, label=label)
+        axes.plot(tokens, pruned, marker=marker, ms=4, color=colour, label=label)
         if any(abs(a / b - 1) > 0.005 for a, b in zip(trained, pruned, strict=True)):
             axes.plot(tokens, trained, ls="--", lw=1, color=colour)
     axes.set_yscale("log")
@@ -238,7 +228,7 @@ def _colours(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def _by_setting(rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows that differ by their seed alone; a default rate or lambda may follow the seed."""
+    """Rows that were asked for with the same rate and lambda, each group of all its seeds."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         setting = row.checkpoint.removesuffix(f"-seed{row.seed}")

@@ -41,13 +41,7 @@ def run(config: RunConfig, console: Console) -> None:
     fixed = read_run(config) if config.resume and not config.dry_run else None
     source = load_source(config.model)
     context = context_length(source.model, config.context)
-    corpus = load_corpus(
-        config.data,
-        source.tokenizer,
-        context=context,
-        held_out=config.held_out,
-        eval_files=config.eval_data,
-    )
+    corpus = load_text(config, source, context=context)
     if fixed is not None:
         check_same_data(fixed, corpus)
     layers = choose_layers(source.model, config.nm, scaling_blocks=config.scaling_blocks)
@@ -98,17 +92,14 @@ def _train(
 ) -> None:
     model = source.model
     model.to(device_of(config))  # type: ignore[arg-type]  # hidden by a decorator of transformers
-    stream = BlockStream(
-        corpus.train,
-        length=plan.steps * config.batch_size * config.gradient_accumulation,
-        seed=config.seed,
-    )
+    sequences = plan.steps * config.batch_size * config.gradient_accumulation
+    stream = make_stream(config, corpus, length=sequences)
     teacher = _teacher(source, config) if config.eta > 0 else None
     dense_loss = fixed.dense_loss if fixed else mean_loss(model, corpus.evaluation)
     method = method_of(config)
     checkpoint = last_checkpoint(config.run_dir) if config.resume else None
     layers = list(plan.layers)
-    method.add_layers(model, layers, corpus.train, resumed=checkpoint is not None)
+    method.add_layers(model, layers, stream, resumed=checkpoint is not None)
     if fixed is None:
         fixed = Fixed(
             steps=plan.steps,
@@ -187,6 +178,22 @@ def _finish(
         )
     console.print(f"wrote {config.output} ({config.export_form}, {stored})", markup=False)
     console.print(f"logs and plots: {config.run_dir}", markup=False)
+
+
+def load_text(config: RunConfig, source: Source, *, context: int) -> Corpus:
+    """The text of a run, in blocks of `context` tokens."""
+    return load_corpus(
+        config.data,
+        source.tokenizer,
+        context=context,
+        held_out=config.held_out,
+        eval_files=config.eval_data,
+    )
+
+
+def make_stream(config: RunConfig, corpus: Corpus, *, length: int) -> BlockStream:
+    """The first `length` sequences of training, in the order of the seed."""
+    return BlockStream(corpus.train, length=length, seed=config.seed)
 
 
 def device_of(config: RunConfig) -> torch.device:

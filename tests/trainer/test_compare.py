@@ -238,7 +238,7 @@ def test_render_means_over_seeds():
     text = render([row(0, 12.0), row(1, 14.0), row(0, 20000.0, "ast")], setting, env)
     assert "| cast | 2,048 | 0.1 |  | 1 | 12.500 | 14.000 |" in text
     assert "| ast | 2,048 | 0.1 |  | 0 | 12.500 | 2e+04 |" in text
-    assert "| cast | 0.1 | 2 | 13.000 ± 1.414 |" in text
+    assert "| cast | 0.1 |  | 2 | 13.000 ± 1.414 |" in text
     assert text.count("±") == 1
 
 

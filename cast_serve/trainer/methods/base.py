@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 
-import torch
 from transformers import PreTrainedModel
 
 from cast_serve.trainer.config import RunConfig
@@ -24,7 +23,7 @@ class Method(ABC):
         self,
         model: PreTrainedModel,
         layers: list[LayerChoice],
-        blocks: torch.Tensor,
+        stream: BlockStream,
         *,
         resumed: bool,
     ) -> None:
@@ -32,7 +31,7 @@ class Method(ABC):
 
         Args:
             layers: every linear layer, sparsified or with the reason why not.
-            blocks: training text int32 [blocks, context], to calibrate on.
+            stream: the sequences of the run, to calibrate on.
             resumed: a checkpoint's weights and masks will replace those made here.
         """
 

@@ -3,7 +3,6 @@
 What each takes from its paper, and what is open, is in docs/method.md.
 """
 
-import torch
 from transformers import PreTrainedModel
 
 from cast_serve.trainer.config import RunConfig
@@ -29,7 +28,7 @@ class Dense(Method):
         self,
         model: PreTrainedModel,
         layers: list[LayerChoice],
-        blocks: torch.Tensor,
+        stream: BlockStream,
         *,
         resumed: bool,
     ) -> None:
@@ -46,7 +45,7 @@ class FixedMask(Method):
         self,
         model: PreTrainedModel,
         layers: list[LayerChoice],
-        blocks: torch.Tensor,
+        stream: BlockStream,
         *,
         resumed: bool,
     ) -> None:
@@ -56,8 +55,7 @@ class FixedMask(Method):
                 layers,
                 self.config.initial_mask,
                 pattern=self.config.nm,
-                blocks=blocks,
-                seed=self.config.seed,
+                stream=stream,
             )
         _add_masks(self.config, model, layers, straight_through=False)
 
@@ -72,7 +70,7 @@ class SrSte(Method):
         self,
         model: PreTrainedModel,
         layers: list[LayerChoice],
-        blocks: torch.Tensor,
+        stream: BlockStream,
         *,
         resumed: bool,
     ) -> None:

@@ -1,6 +1,5 @@
 """CAST as a Method: scaled layers, AdamS, lambda of the gradient's size."""
 
-import torch
 from transformers import PreTrainedModel
 
 from cast_serve.trainer.calibrate import measure_lambda
@@ -18,7 +17,7 @@ class Cast(Method):
         self,
         model: PreTrainedModel,
         layers: list[LayerChoice],
-        blocks: torch.Tensor,
+        stream: BlockStream,
         *,
         resumed: bool,
     ) -> None:

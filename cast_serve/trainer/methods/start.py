@@ -6,12 +6,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from cast_serve.trainer.config import Pattern
+from cast_serve.trainer.data import BlockStream
 from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.layers import LayerChoice
 from cast_serve.trainer.masks import weight_mask
 
 # As Wanda and SparseGPT calibrate.
-_CALIBRATION_BLOCKS = 128
+CALIBRATION_SEQUENCES = 128
 
 
 @torch.no_grad()
@@ -21,24 +22,24 @@ def prune_at_start(
     method: str,
     *,
     pattern: Pattern,
-    blocks: torch.Tensor,
-    seed: int,
+    stream: BlockStream,
 ) -> None:
     """Prune every chosen layer of the dense `model` to `pattern`, in place.
 
     Args:
         method: magnitude, wanda or sparsegpt; sparsegpt changes surviving weights too.
-        blocks: training text int32 [blocks, context]; up to 128 drawn by `seed` calibrate.
+        stream: its first 128 sequences calibrate.
 
     Raises:
-        RunError: the one-shot method left a layer that is not of the pattern.
+        RunError: the one-shot method prunes other layers than `layers`, or not to the pattern.
     """
     if method != "magnitude":
         from cast_serve.trainer.oneshot import prune_oneshot
 
-        order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))
-        sample = blocks[order[:_CALIBRATION_BLOCKS]].long().to(model.device)
-        prune_oneshot(model, method, pattern, sample)
+        # A shorter stream is read again from its start.
+        items = [stream[i % len(stream)]["input_ids"] for i in range(CALIBRATION_SEQUENCES)]
+        found = prune_oneshot(model, method, pattern, torch.stack(items).to(model.device))
+        _require_same(method, found, layers)
     for choice in layers:
         if choice.dense_because is not None:
             continue
@@ -49,3 +50,15 @@ def prune_at_start(
         if method != "magnitude" and layer.weight[pruned].any():
             raise RunError(f"{method}: {choice.name} is not {pattern} after pruning")
         layer.weight.masked_fill_(pruned, 0)
+
+
+def _require_same(method: str, found: list[LayerChoice], wanted: list[LayerChoice]) -> None:
+    """scaling_blocks, which one-shot methods do not know, may leave a layer dense here."""
+    names = [
+        {layer.name for layer in some if layer.dense_because is None} for some in (found, wanted)
+    ]
+    for name in sorted(names[0] ^ names[1]):
+        raise RunError(
+            f"{method}: it prunes other layers than the run, such as {name}; give a scaling_blocks "
+            "that divides its K"
+        )

@@ -5,14 +5,14 @@ import shutil
 import torch
 
 from cast_serve.trainer.config import RunConfig
-from cast_serve.trainer.data import load_corpus
 from cast_serve.trainer.evaluate import mean_loss, to_perplexity
 from cast_serve.trainer.export import publish, write_training_form
 from cast_serve.trainer.layers import choose_layers
 from cast_serve.trainer.methods import method_of
+from cast_serve.trainer.methods.start import CALIBRATION_SEQUENCES
 from cast_serve.trainer.run_dir import Fixed, write_run
 from cast_serve.trainer.source import context_length, load_source
-from cast_serve.trainer.train import device_of
+from cast_serve.trainer.train import device_of, load_text, make_stream
 
 
 def prune_without_training(config: RunConfig) -> None:
@@ -28,13 +28,7 @@ def prune_without_training(config: RunConfig) -> None:
     model = source.model
     model.to(device_of(config))  # type: ignore[arg-type]  # hidden by a decorator of transformers
     context = context_length(model, config.context)
-    corpus = load_corpus(
-        config.data,
-        source.tokenizer,
-        context=context,
-        held_out=config.held_out,
-        eval_files=config.eval_data,
-    )
+    corpus = load_text(config, source, context=context)
     layers = choose_layers(model, config.nm, scaling_blocks=config.scaling_blocks)
     dense = mean_loss(model, corpus.evaluation)
     fixed = Fixed(
@@ -46,7 +40,8 @@ def prune_without_training(config: RunConfig) -> None:
         dense_loss=dense,
     )
     write_run(config, fixed)
-    method_of(config).add_layers(model, layers, corpus.train, resumed=False)
+    sample = make_stream(config, corpus, length=CALIBRATION_SEQUENCES)
+    method_of(config).add_layers(model, layers, sample, resumed=False)
     loss = mean_loss(model, corpus.evaluation)
     training_form = config.run_dir / "training-form"
     shutil.rmtree(training_form, ignore_errors=True)
