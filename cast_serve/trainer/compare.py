@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run the comparison; returns the exit status.
 
     Raises:
-        RunError: a flag is wrong, or a run is refused; those before it are kept.
+        RunError: a flag is wrong; or runs failed, and the others are in the results.
     """
     jobs = parse_jobs(arguments)
     # Here, because transformers takes seconds to import and --help must not wait for it.
@@ -63,13 +63,25 @@ def main(arguments: Sequence[str]) -> int:
     disable_progress_bar()
     console = Console(highlight=False)
     _check(jobs)
+    folder, done, failed = jobs[0].config.output.parent, [], []
     for number, job in enumerate(jobs, start=1):
-        state = "finished before" if job.finished else "starting"
+        kept = job.finished
+        state = "finished before" if kept else "starting"
         console.print(f"compare {number}/{len(jobs)}: {job.name}: {state}", markup=False)
-        if not job.finished:
-            _run(job, console)
-        write_results(jobs[:number], jobs[0].config.output.parent)
-    console.print(f"wrote {jobs[0].config.output.parent / 'results.md'}", markup=False)
+        try:
+            if not kept:
+                _run(job, console)
+        except RunError as error:
+            # A rate that diverges is a finding about one method; the others are still wanted.
+            failed.append(f"{job.name}: {error}")
+            console.print(f"failed: {error}", style="red", markup=False)
+        else:
+            done.append(job)
+        if done and (not kept or number == len(jobs)):
+            write_results(done, folder)
+    if failed:
+        raise RunError(f"{len(failed)} of {len(jobs)} runs failed; the first: {failed[0]}")
+    console.print(f"wrote {folder / 'results.md'}", markup=False)
     return 0
 
 

@@ -44,14 +44,6 @@ def flags(llama_dir, text_file, eval_file, tmp_path):
     ]
 
 
-def snapshot(folder):
-    return {
-        path.parent.name: load_file(path)
-        for path in sorted(folder.glob("*/model.safetensors"))
-        if not path.parent.name.startswith("checkpoint")
-    }
-
-
 def written_perplexity(folder, llama_dir, eval_file):
     """Of a checkpoint as its files are, by a stock model."""
     model = AutoModelForCausalLM.from_pretrained(llama_dir, dtype=torch.float32)
@@ -65,8 +57,8 @@ def written_perplexity(folder, llama_dir, eval_file):
 
 def test_compare_interrupted_and_run_again(flags, llama_dir, eval_file, tmp_path, monkeypatch):
     folder = tmp_path / "out"
-    straight = [*flags, "--output", str(tmp_path / "straight")]
-    assert main(straight) == 0
+    straight = ["--methods", "sr-ste", "--lr", "sr-ste=1e-3", "--lambda", ""]
+    assert main([*flags, *straight, "--output", str(tmp_path / "straight")]) == 0
 
     compute, calls = train.CastTrainer.compute_loss, []
 
@@ -94,10 +86,9 @@ def test_compare_interrupted_and_run_again(flags, llama_dir, eval_file, tmp_path
     assert len(calls) == (STEPS - 4) + STEPS
     assert (folder / "dense-seed0/model.safetensors").stat().st_mtime_ns == kept
 
-    expected, weights = snapshot(tmp_path / "straight"), snapshot(folder)
-    assert expected.keys() == weights.keys()
-    for name, tensors in weights.items():
-        assert all(torch.equal(tensors[key], expected[name][key]) for key in tensors), name
+    name = "sr-ste-lr0.001-seed0/model.safetensors"
+    expected, weights = load_file(tmp_path / "straight" / name), load_file(folder / name)
+    assert all(torch.equal(weights[key], expected[key]) for key in expected)
 
     found = json.loads((folder / "results.json").read_text())
     rows = {row["checkpoint"]: row for row in found["rows"]}
@@ -144,6 +135,17 @@ def test_compare_refuses_a_short_travel_before_it_trains(flags, capsys, tmp_path
     assert main([*flags, "--lr", "cast=1e-6"]) == 2
     assert "cast-train compare: error: travel 0.0" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_compare_goes_on_after_a_run_that_diverges(flags, capsys, tmp_path):
+    given = ["--methods", "sr-ste,magnitude", "--lr", "sr-ste=1e30", "--lambda", ""]
+    assert main([*flags, *given, "--log-steps", "1"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(
+        "cast-train compare: error: 1 of 2 runs failed; the first: sr-ste-lr1e+30"
+    )
+    found = json.loads((tmp_path / "out/results.json").read_text())
+    assert [row["method"] for row in found["rows"]] == ["magnitude (one-shot)"]
 
 
 def test_jobs_by_default():
