@@ -16,6 +16,7 @@ Command = Callable[[Sequence[str]], int]
 
 # name: "module:function"
 COMMANDS: dict[str, str] = {
+    "compare": "cast_serve.trainer.compare:main",
     "estimate": "cast_serve.trainer.estimate:main",
     "generate": "cast_serve.trainer.generation.main:main",
 }

@@ -18,6 +18,9 @@ TRAVEL_ADVISED = 3.0
 # The default rate is the one that travels far enough, but no higher than this: a budget too small
 # for it must be refused, not rescued by a rate that diverges.
 HIGHEST_DEFAULT_LR = 2e-3
+# Of the methods that train with AdamW: AST's for GPT-2 sizes (LLaMA2-7B: 2e-5). Not the rate of
+# AdamS, whose updates are about four times those of Adam at one rate (docs/method.md, AdamS, 2).
+DEFAULT_ADAMW_LR = 1e-4
 DEFAULT_CONTEXT = 1024
 
 
@@ -78,11 +81,19 @@ class RunConfig:
         )
     )
 
+    method: Literal["cast", "dense", "fixed-mask", "sr-ste", "ast"] = _option(
+        "cast",
+        "cast; or what it is compared with: dense (nothing sparse), fixed-mask, sr-ste, ast",
+        group="method",
+    )
+    initial_mask: Literal["magnitude", "wanda", "sparsegpt"] = _option(
+        "magnitude", "how fixed-mask prunes before it trains", group="method"
+    )
     pattern: str = _option("2:4", "N:M, N weights of every M survive", group="method")
     lambda_: float | None = _option(
         None,
         "strength of the decay of masked weights (Eq. 7), of the order of the gradient; default: "
-        "the RMS of the first batches' gradient",
+        "the RMS of the first batches' gradient; sr-ste: 2e-4, ast: 6e-5, both times the weight",
         group="method",
     )
     eta: float = _option(
@@ -90,7 +101,12 @@ class RunConfig:
     )
     temperature: float = _option(1.0, "softmax temperature of the KL", group="method")
     scaling_blocks: int = _option(2, "learned scales per row, n of Eq. 11", group="method")
-    mask_interval: int = _option(10, "steps between mask refreshes, T1", group="method")
+    scale_baselines: bool = _option(
+        False, "learn the scales in fixed-mask, sr-ste and ast too", group="method"
+    )
+    mask_interval: int = _option(
+        10, "steps between mask refreshes of cast (T1) and ast", group="method"
+    )
     decay_ramp: float = _option(
         1.0,
         "share of the steps over which the decay of masked weights fades in; it stays at its full "
@@ -117,7 +133,7 @@ class RunConfig:
     lr: float | None = _option(
         None,
         f"peak learning rate; default: the rate whose travel is {TRAVEL_ADVISED:g}, "
-        f"at most {HIGHEST_DEFAULT_LR:g}",
+        f"at most {HIGHEST_DEFAULT_LR:g}; other methods than cast: {DEFAULT_ADAMW_LR:g}",
         group="optimizer",
     )
     warmup: float = _option(0.05, "share of the steps that warm the rate up", group="optimizer")
@@ -181,6 +197,12 @@ class RunConfig:
         group="run",
         identity=False,
     )
+    eval_steps: float | None = _option(
+        None,
+        "steps between evaluations, as the model trains and as it would be pruned then; below 1 a "
+        "share of the run; default: at the end only",
+        group="run",
+    )
     save_steps: int = _option(500, "steps between checkpoints", group="run", identity=False)
     save_limit: int = _option(2, "checkpoints to keep", group="run", identity=False)
     log_steps: int = _option(10, "steps between log entries", group="run", identity=False)
@@ -212,6 +234,7 @@ class RunConfig:
         self.nm  # noqa: B018  parsing is the check
         self._check_budget()
         self._check_ranges()
+        self._check_method()
         if not self.data:
             raise RunError("data: no file given")
         shares(self.data)
@@ -231,14 +254,23 @@ class RunConfig:
         return Pattern.parse(self.pattern)
 
     @property
+    def learns_scales(self) -> bool:
+        return self.method == "cast" or self.scale_baselines
+
+    @property
     def run_dir(self) -> Path:
         """Where checkpoints, logs and plots go: beside the output, which holds the model alone."""
         return self.output.with_name(self.output.name + ".run")
 
     @property
+    def converts(self) -> bool:
+        """Whether the output is made from the training form: there is a 2:4 form of it."""
+        return self.pattern == "2:4" and self.method != "dense"
+
+    @property
     def export_form(self) -> Literal["packed", "dense", "training"]:
         """What is written: only 2:4 has a packed form."""
-        return "dense" if self.export == "packed" and self.pattern != "2:4" else self.export
+        return "dense" if self.export == "packed" and not self.converts else self.export
 
     def identity(self) -> dict[str, Any]:
         """What must not change between a run and its resumption, ready for JSON."""
@@ -258,19 +290,37 @@ class RunConfig:
         for key in (*at_least_one.split(), "save_steps", "save_limit", "log_steps"):
             _require(key, getattr(self, key), lambda v: v >= 1, "at least 1")
         _require("context", self.context, lambda v: v >= 2, "at least 2")
-        for key in ("epochs", "lr", "lambda_", "temperature", "eps", "loss_limit"):
+        above_zero = "epochs lr lambda_ temperature eps loss_limit eval_steps"
+        for key in above_zero.split():
             _require(key, getattr(self, key), lambda v: 0 < v < float("inf"), "above 0")
         for key in ("eta", "lr_floor"):
             _require(key, getattr(self, key), lambda v: 0 <= v <= 1, "from 0 to 1")
         for key in ("warmup", "beta1", "beta2", "held_out"):
             _require(key, getattr(self, key), lambda v: 0 <= v < 1, "from 0 to below 1")
         _require("decay_ramp", self.decay_ramp, lambda v: 0 < v <= 1, "above 0 and at most 1")
+        whole_or_share = "a whole number or a share below 1"
+        _require("eval_steps", self.eval_steps, lambda v: v < 1 or v % 1 == 0, whole_or_share)
         _require("clip", self.clip, lambda v: 0 <= v < float("inf"), "0 or more")
         _require("seed", self.seed, lambda v: 0 <= v < 2**32, "from 0 to below 2^32")
-        if self.eta == 1 and self.lambda_ is None:
+        if self.eta == 1 and self.lambda_ is None and self.method == "cast":
             raise RunError(
                 "lambda: must be given with eta=1, because a student that equals its teacher "
                 "has no gradient to measure it by"
+            )
+
+    def _check_method(self) -> None:
+        """Refuse what the method would ignore, or cannot do."""
+        if self.decay_ramp != 1 and self.method != "cast":
+            raise RunError(f"decay_ramp: is of method cast, not {self.method}; leave it out")
+        if self.parallel == "fsdp" and self.method != "cast":
+            raise RunError(f"parallel: method {self.method} runs with ddp alone")
+        if self.lambda_ is not None and self.method in ("dense", "fixed-mask"):
+            raise RunError(f"lambda: method {self.method} has no decay; leave it out")
+        if self.initial_mask != "magnitude" and self.method != "fixed-mask":
+            raise RunError(f"initial_mask: method {self.method} starts dense; use fixed-mask")
+        if self.export == "training" and self.method != "cast":
+            raise RunError(
+                f"export: the training form is of method cast, not {self.method}; use packed, dense"
             )
 
 

@@ -72,8 +72,8 @@ def publish(
     """Write config.output in config.export_form, whole or not at all.
 
     Args:
-        weights: whole state dict of the model, pruned and folded; written only where the pattern is
-            not 2:4.
+        weights: whole state dict of the model, pruned and folded; written only where the training
+            form is not converted.
         training_form: folder of write_training_form.
         dtype: of the packed or dense weights.
     """
@@ -82,7 +82,7 @@ def publish(
     if config.export_form == "training":
         shutil.copytree(training_form, staging)
         _write_json(staging / "cast.json", provenance)
-    elif config.pattern == "2:4":
+    elif config.converts:
         from cast_serve.model_loaders.convert import convert
 
         convert(training_form, staging, to=config.export_form, dtype=dtype, provenance=provenance)

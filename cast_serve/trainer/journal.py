@@ -85,14 +85,23 @@ class Journal:
         self._file.write(_line({"step": step, **figures}))
         self._file.flush()
         for name, value in figures.items():
-            self._board.add_scalar(f"train/{name}", value, step)
-        shown = (
-            f"loss {figures['loss']:.3f}  S {figures['sparse_weight_ratio']:.4f}  "
-            f"lr {figures['lr']:.1e}  {figures['tokens_per_s']:,.0f} tokens/s"
-        )
+            self._board.add_scalar(name, value, step)
+        shown = _shown(figures)
         self._bar.update(self._task, figures=shown)
         if not self._console.is_terminal:
             self._console.print(f"step {step}/{self._steps}  {shown}", markup=False)
+
+
+def _shown(figures: dict[str, float]) -> str:
+    forms = {
+        "loss": "loss {:.3f}",
+        "sparse_weight_ratio": "S {:.4f}",
+        "lr": "lr {:.1e}",
+        "tokens_per_s": "{:,.0f} tokens/s",
+        "eval_perplexity": "perplexity {:.2f}",
+        "eval_perplexity_pruned": "pruned {:.2f}",
+    }
+    return "  ".join(form.format(figures[key]) for key, form in forms.items() if key in figures)
 
 
 def _line(entry: dict[str, Any]) -> str:

@@ -3,10 +3,10 @@
 The forward and backward passes are dense for the whole run; masks exist in the optimizer alone.
 """
 
+import math
 import time
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from cast_serve.trainer import checkpoint
@@ -14,9 +14,11 @@ from cast_serve.trainer.config import RunConfig
 from cast_serve.trainer.gradient import Gradient
 from cast_serve.trainer.guard import Guard
 from cast_serve.trainer.journal import Journal
-from cast_serve.trainer.layers import decoder_blocks, optimizer_groups
+from cast_serve.trainer.layers import decoder_blocks
 from cast_serve.trainer.masks import progress
+from cast_serve.trainer.methods.adamw import MaskedAdamW
 from cast_serve.trainer.optim import AdamS
+from cast_serve.trainer.preview import preview
 from cast_serve.trainer.run_dir import Fixed
 from cast_serve.trainer.schedule import Schedule
 
@@ -25,10 +27,18 @@ class Training:
     """A model with scaled layers in training; `gradient` holds it, its teacher and its data."""
 
     def __init__(
-        self, config: RunConfig, fixed: Fixed, gradient: Gradient, *, guess: float
+        self,
+        config: RunConfig,
+        fixed: Fixed,
+        gradient: Gradient,
+        optimizer: AdamS | MaskedAdamW,
+        evaluation: torch.Tensor,
+        *,
+        guess: float,
     ) -> None:
         """
         Args:
+            evaluation: int [windows, context], looked at every `eval_steps`.
             guess: nats per token of a model that guesses, ln(vocabulary).
         """
         self.config = config
@@ -41,7 +51,8 @@ class Training:
             floor=config.lr_floor,
             decay_ramp=config.decay_ramp,
         )
-        self.optimizer = build_optimizer(config, fixed, gradient.model)
+        self.optimizer = optimizer
+        self.evaluation = evaluation
         self.guard = Guard(self.processes, limit=config.loss_limit or guess + 1)
         # Sums of CE, KL and gradient norm since the last entry.
         self._sums = torch.zeros(3, device=self.processes.device)
@@ -55,12 +66,16 @@ class Training:
             RunError: the loss exploded, or a checkpoint cannot be written.
         """
         config, steps = self.config, self.fixed.steps
+        if done == 0 and config.eval_steps is not None:
+            self._evaluate(0, journal)
         self._logged, self._since = done, time.perf_counter()
         for step in range(done + 1, steps + 1):
             self._step(step)
             last = step == steps
             if step == 1 or last or step % config.log_steps == 0:
                 self._log(step, journal)
+            if self._evaluation_is_due(step):
+                self._evaluate(step, journal)
             if last or step % config.save_steps == 0:
                 # What is saved must be worth resuming from.
                 self.guard.check(config.run_dir, step)
@@ -93,8 +108,8 @@ class Training:
         means = self.processes.sum(self._sums) / (count * self.processes.count)
         ce, kl, norm = means.tolist()
         self._sums.zero_()
-        now = progress(self.optimizer.masked_weights())
-        # After the figures above have been read, the device is done with these steps.
+        pairs = list(self.optimizer.masked_weights())
+        # The figures above have been read, so the device is done with these steps.
         seconds = time.perf_counter() - self._since
         tokens = count * self.fixed.sequences_per_step * self.fixed.context
         eta = self.config.eta
@@ -103,34 +118,40 @@ class Training:
             "ce": ce,
             "lr": self.optimizer.param_groups[0]["lr"],
             "grad_norm": norm,
-            "sparse_weight_ratio": now.sparse_weight_ratio,
-            "masked_magnitude": now.masked,
-            "kept_magnitude": now.kept,
             "tokens": step * self.fixed.sequences_per_step * self.fixed.context,
             "tokens_per_s": tokens / seconds,
         }
         if eta:
             figures["kl"] = kl
+        if pairs:
+            now = progress(pairs)
+            figures["sparse_weight_ratio"] = now.sparse_weight_ratio
+            figures["masked_magnitude"] = now.masked
+            figures["kept_magnitude"] = now.kept
         if self.optimizer.flips is not None:
             figures["mask_flips"] = self.optimizer.flips
         if journal is not None:
             journal.write(step, figures)
         self._logged, self._since = step, time.perf_counter()
 
+    def _evaluation_is_due(self, step: int) -> bool:
+        every = self.config.eval_steps
+        if every is None:
+            return False
+        if every < 1:
+            every = math.ceil(every * self.fixed.steps)
+        return step % int(every) == 0
 
-def build_optimizer(config: RunConfig, fixed: Fixed, model: nn.Module) -> AdamS:
-    """AdamS over the parameters of `model`, which has scaled layers."""
-    return AdamS(
-        optimizer_groups(model),
-        lr=fixed.lr,
-        decay=fixed.lambda_,
-        total_steps=fixed.steps,
-        pattern=config.nm,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        mask_interval=config.mask_interval,
-        decay_ramp=config.decay_ramp,
-    )
+    def _evaluate(self, step: int, journal: Journal | None) -> None:
+        """Log preview() of the model after `step`; training goes on as if it had not been."""
+        begun = time.perf_counter()
+        figures = preview(
+            self.gradient.model, self.evaluation, self.config.nm, processes=self.processes
+        )
+        if journal is not None:
+            journal.write(step, figures)
+        # Not a part of the training's speed.
+        self._since += time.perf_counter() - begun
 
 
 def recompute_activations(model: PreTrainedModel) -> None:

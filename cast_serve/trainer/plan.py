@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from cast_serve.trainer.config import (
+    DEFAULT_ADAMW_LR,
     HIGHEST_DEFAULT_LR,
     TRAVEL_ADVISED,
     TRAVEL_REFUSED,
@@ -53,7 +54,8 @@ class Plan:
     lr: float
     lambda_: float | None
     magnitudes: Progress
-    travel: float
+    # None for a method other than cast.
+    travel: float | None
     memory: dict[str, int]
     # Empty where all sources are read in full.
     sources: tuple[PlannedSource, ...] = ()
@@ -77,6 +79,8 @@ class Plan:
     @property
     def verdict(self) -> str:
         """ "ok", "short" (warn) or "refused"."""
+        if self.travel is None:
+            return "ok"
         # Not "<": a travel that is no number is refused as well.
         if not self.travel >= TRAVEL_REFUSED:
             return "refused"
@@ -136,13 +140,13 @@ def make_plan(
     )
     sparse = [choice for choice in layers if choice.dense_because is None]
     magnitudes = progress(_masked_weights(model, sparse, config))
-    lr = config.lr if config.lr is not None else _default_lr(schedule, magnitudes.masked)
+    lr = config.lr if config.lr is not None else _default_lr(config, schedule, magnitudes.masked)
     return Plan(
         model_name=type(model).__name__,
         layers=tuple(layers),
         parameters=sum(p.numel() for p in model.parameters()),
         sparse_parameters=sum(choice.numel for choice in sparse),
-        scales=sum(choice.rows * config.scaling_blocks for choice in sparse),
+        scales=sum(c.rows * config.scaling_blocks for c in sparse) if config.learns_scales else 0,
         context=context,
         train_blocks=train_blocks,
         eval_blocks=eval_blocks,
@@ -153,7 +157,7 @@ def make_plan(
         lr=lr,
         lambda_=lambda_,
         magnitudes=magnitudes,
-        travel=lr * schedule.reach() / magnitudes.masked if magnitudes.masked else math.inf,
+        travel=_travel(lr, schedule, magnitudes.masked) if config.method == "cast" else None,
         memory=_memory(config, model, sparse, context=context, teacher_bytes=teacher_bytes),
         sources=sources,
     )
@@ -165,7 +169,7 @@ def check_travel(plan: Plan, *, allowed: bool) -> str | None:
     Raises:
         RunError: the final prune would destroy the model, and `allowed` is not set.
     """
-    if plan.verdict == "ok":
+    if plan.travel is None or plan.verdict == "ok":
         return None
     found = (
         f"travel {plan.travel:.2f}: the decay moves a masked weight by {plan.travel:.2f} times "
@@ -182,7 +186,13 @@ def check_travel(plan: Plan, *, allowed: bool) -> str | None:
     )
 
 
-def _default_lr(schedule: Schedule, masked: float) -> float:
+def _travel(lr: float, schedule: Schedule, masked: float) -> float:
+    return lr * schedule.reach() / masked if masked else math.inf
+
+
+def _default_lr(config: RunConfig, schedule: Schedule, masked: float) -> float:
+    if config.method != "cast":
+        return DEFAULT_ADAMW_LR
     return min(HIGHEST_DEFAULT_LR, TRAVEL_ADVISED * masked / schedule.reach())
 
 
@@ -221,7 +231,7 @@ def _memory(
     return {
         "fp32 master weights": 4 * total,
         "fp32 gradients": 4 * total,
-        "AdamS moments": 8 * total,
+        f"{'AdamS' if config.method == 'cast' else 'AdamW'} moments": 8 * total,
         "masks": sparse_count,
         "scaled weights for the backward pass": width * sparse_count,
         "teacher": teacher_bytes,

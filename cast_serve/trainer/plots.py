@@ -24,6 +24,13 @@ FIGURES = (
         series={"loss": "total", "ce": "cross-entropy", "kl": "KL to the teacher"},
     ),
     Figure(
+        name="perplexity",
+        title="Perplexity on the evaluation text",
+        label="perplexity",
+        series={"eval_perplexity": "as it trains", "eval_perplexity_pruned": "pruned then"},
+        log=True,
+    ),
+    Figure(
         name="sparse_weight_ratio",
         title="Sparse weight ratio: weight that the prune will keep",
         label="||W * M||_1 / ||W||_1",

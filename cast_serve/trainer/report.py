@@ -8,6 +8,7 @@ from rich.text import Text
 
 from cast_serve.trainer.config import TRAVEL_ADVISED, TRAVEL_REFUSED, RunConfig
 from cast_serve.trainer.layers import LayerChoice
+from cast_serve.trainer.methods.baselines import AST_DECAY, SR_STE_DECAY
 from cast_serve.trainer.plan import Plan
 
 _VERDICTS = {
@@ -66,26 +67,29 @@ def _run(plan: Plan, config: RunConfig) -> Table:
     batch = f"{config.batch_size} x {config.gradient_accumulation} x {plan.context}"
     if plan.processes > 1:
         batch = f"{plan.processes} processes x {batch}"
-    measured = "measured on the first batches"
     form = config.export_form
     fallback = f" (only 2:4 packs, not {config.pattern})" if form != config.export else ""
     rows = {
+        "method": config.method,
         "parameters": f"{size(plan.parameters)}, of which {size(plan.sparse_parameters)} "
-        f"({share:.1%}) to {config.pattern}, and {size(plan.scales)} scales",
+        f"({share:.1%}) to {config.pattern}"
+        + (f", and {size(plan.scales)} scales" if plan.scales else ""),
         "tokens": f"{size(plan.tokens)} in {plan.steps:,} steps of "
         f"{plan.tokens_per_step:,} ({batch})",
         "data": f"{size(plan.train_blocks * plan.context)} tokens, {plan.epochs:.3g} epochs; "
         f"evaluation on {size(plan.eval_blocks * plan.context)} ({plan.evaluated_on})",
         "learning rate": f"{plan.lr:.3g}{'' if config.lr else ' (default)'}, "
         f"warm-up {config.warmup:.0%}, cosine to {config.lr_floor:g} x",
-        "lambda": measured if plan.lambda_ is None else f"{plan.lambda_:.3g}",
+        "lambda": _lambda(plan, config),
         "loss": f"{config.eta:.3g} KL + {1 - config.eta:.3g} CE, "
         f"temperature {config.temperature:g}",
         "mean |w|": f"{plan.magnitudes.masked:.3g} masked, {plan.magnitudes.kept:.3g} kept",
-        "travel": f"{plan.travel:.2f} ({_VERDICTS[plan.verdict]})",
+        "travel": "" if plan.travel is None else f"{plan.travel:.2f} ({_VERDICTS[plan.verdict]})",
         "output": f"{config.output}, {form}{fallback}",
     }
     for key, value in rows.items():
+        if not value:
+            continue
         table.add_row(key, value)
     return table
 
@@ -103,6 +107,16 @@ def _mixture(plan: Plan) -> Table:
             f"{plan.epochs_of(source):.3g}",
         )
     return table
+
+
+def _lambda(plan: Plan, config: RunConfig) -> str:
+    if plan.lambda_ is not None:
+        return f"{plan.lambda_:.3g}"
+    return {
+        "cast": "measured on the first batches",
+        "sr-ste": f"{SR_STE_DECAY:g} (default)",
+        "ast": f"{AST_DECAY:g} (default)",
+    }.get(config.method, "")
 
 
 def _memory(plan: Plan) -> Table:

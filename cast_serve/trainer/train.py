@@ -1,6 +1,7 @@
 """One CAST run from a dense checkpoint to the sparse one: plan, train, prune, fold, export."""
 
 import copy
+import dataclasses
 import math
 import shutil
 from collections.abc import Iterator
@@ -15,7 +16,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from cast_serve.trainer import checkpoint
-from cast_serve.trainer.calibrate import measure_lambda
 from cast_serve.trainer.config import RunConfig
 from cast_serve.trainer.data import BlockStream, Corpus, load_corpus
 from cast_serve.trainer.data.packing import require_document_attention
@@ -24,8 +24,9 @@ from cast_serve.trainer.evaluate import mean_loss, to_perplexity
 from cast_serve.trainer.export import dtype_name, prune_and_fold_, publish, write_training_form
 from cast_serve.trainer.gradient import Gradient
 from cast_serve.trainer.journal import Journal, read_history
-from cast_serve.trainer.layers import add_scales, choose_layers
+from cast_serve.trainer.layers import LayerChoice, choose_layers
 from cast_serve.trainer.loop import Training, compile_blocks, recompute_activations
+from cast_serve.trainer.methods import method_of
 from cast_serve.trainer.parallel import replicate, shard, whole_weights
 from cast_serve.trainer.plan import Plan, check_travel, make_plan, planned_sources, token_budget
 from cast_serve.trainer.plots import write_plots
@@ -66,21 +67,18 @@ def _run(config: RunConfig, console: Console, processes: Processes) -> None:
     if config.document_attention:
         processes.on_first(lambda: require_document_attention(source.model))
     corpus = processes.first_to_last(
-        lambda: load_corpus(
-            config.data,
-            source.tokenizer,
-            context=context,
-            held_out=config.held_out,
-            eval_sources=config.eval_data,
-            budget=token_budget(config, context=context, processes=processes.count),
-            text_key=config.text_key,
-            cache=config.token_cache,
-        )
+        lambda: load_text(config, source, context=context, processes=processes.count)
     )
     if fixed is not None:
         check_same_data(fixed, corpus)
+    layers = choose_layers(source.model, config.nm, scaling_blocks=config.scaling_blocks)
+    if config.method == "dense":
+        because = "method dense"
+        layers = [dataclasses.replace(layer, dense_because=because) for layer in layers]
     # Of the weights, which the first process has.
-    plan = processes.on_first(lambda: _plan(config, source, corpus, context, fixed, processes))
+    plan = processes.on_first(
+        lambda: _plan(config, source, corpus, layers, context, fixed, processes)
+    )
     if fixed is not None:
         check_same_step(fixed, plan)
     console.print(render_plan(plan, config))
@@ -104,6 +102,7 @@ def _plan(
     config: RunConfig,
     source: Source,
     corpus: Corpus,
+    layers: list[LayerChoice],
     context: int,
     fixed: Fixed | None,
     processes: Processes,
@@ -113,7 +112,7 @@ def _plan(
     return make_plan(
         config,
         source.model,
-        choose_layers(source.model, config.nm, scaling_blocks=config.scaling_blocks),
+        layers,
         context=context,
         train_blocks=corpus.train_blocks,
         eval_blocks=len(corpus.evaluation),
@@ -134,15 +133,16 @@ def _train(
     console: Console,
     processes: Processes,
 ) -> None:
-    stream = BlockStream(
-        *corpus.parts,
-        length=plan.steps * plan.sequences_per_step,
-        seed=config.seed,
-        shares=corpus.shares,
-        eos=corpus.eos if config.document_attention else None,
-    )
+    sharded = config.parallel == "fsdp" and processes.count > 1
+    stream = make_stream(config, corpus, length=plan.steps * plan.sequences_per_step)
     teacher = _teacher(source, config, processes) if config.eta > 0 else None
-    add_scales(source.model, list(plan.layers), scaling_blocks=config.scaling_blocks)
+    dense_loss = math.nan
+    if fixed is None and not sharded:
+        source.model.to(processes.device)  # type: ignore[arg-type]  # hidden by a decorator
+        dense_loss = mean_loss(source.model, corpus.evaluation, processes=processes)
+    method = method_of(config)
+    found = processes.on_first(lambda: last_checkpoint(config.run_dir)) if config.resume else None
+    method.add_layers(source.model, list(plan.layers), stream, resumed=found is not None)
     if config.gradient_checkpointing:
         recompute_activations(source.model)
     if config.compile:
@@ -150,23 +150,24 @@ def _train(
     model = _spread(config, source.model, processes)
     gradient = Gradient(config, model, teacher, stream, processes)
     if fixed is None:
-        # With scales of one the model is still the dense one.
-        dense_loss = mean_loss(model, corpus.evaluation, processes=processes)
+        if sharded:
+            # One process has no room for the whole; with scales of one it is the dense model.
+            dense_loss = mean_loss(model, corpus.evaluation, processes=processes)
         fixed = Fixed(
             steps=plan.steps,
             context=plan.context,
             sequences_per_step=plan.sequences_per_step,
             lr=plan.lr,
-            lambda_=config.lambda_ or measure_lambda(gradient),
+            lambda_=config.lambda_ or method.decay(gradient),
             data_sha256=corpus.sha256,
             dense_loss=dense_loss,
         )
         begun = fixed
         processes.on_first(lambda: write_run(config, begun))
     guess = math.log(source.model.config.get_text_config().vocab_size)
-    training = Training(config, fixed, gradient, guess=guess)
-    found = processes.on_first(lambda: last_checkpoint(config.run_dir)) if config.resume else None
-    done = checkpoint.load(found, model, training.optimizer, processes) if found else 0
+    optimizer = method.optimizer(model, fixed)
+    training = Training(config, fixed, gradient, optimizer, corpus.evaluation, guess=guess)
+    done = checkpoint.load(found, model, optimizer, processes) if found else 0
     if config.resume:
         console.print(f"resuming after step {done} of {fixed.steps}", markup=False)
     if processes.is_first:
@@ -174,7 +175,7 @@ def _train(
             training.run(done, journal)
     else:
         training.run(done, None)
-    del training, gradient, teacher
+    del training, optimizer, gradient, teacher
     _finish(config, source, model, corpus, plan, fixed, console, processes)
 
 
@@ -194,7 +195,7 @@ def _finish(
     processes.on_first(lambda: _write_training_form(config, source, plan, weights))
     prune_and_fold_(model, config)
     after = mean_loss(model, corpus.evaluation, processes=processes)
-    weights = whole_weights(source.model) if config.pattern != "2:4" else {}
+    weights = {} if config.converts else whole_weights(source.model)
     evaluation = {
         "on": corpus.evaluated_on,
         "tokens": corpus.evaluation.numel(),
@@ -272,6 +273,31 @@ def _stored_dtype(config: RunConfig, source: Source) -> torch.dtype:
     return source.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
 
 
+def load_text(config: RunConfig, source: Source, *, context: int, processes: int = 1) -> Corpus:
+    """The text of a run, in blocks of `context` tokens."""
+    return load_corpus(
+        config.data,
+        source.tokenizer,
+        context=context,
+        held_out=config.held_out,
+        eval_sources=config.eval_data,
+        budget=token_budget(config, context=context, processes=processes),
+        text_key=config.text_key,
+        cache=config.token_cache,
+    )
+
+
+def make_stream(config: RunConfig, corpus: Corpus, *, length: int) -> BlockStream:
+    """The first `length` sequences of training, in the order of the seed."""
+    return BlockStream(
+        *corpus.parts,
+        length=length,
+        seed=config.seed,
+        shares=corpus.shares,
+        eos=corpus.eos if config.document_attention else None,
+    )
+
+
 def check_same_data(fixed: Fixed, corpus: Corpus) -> None:
     """Raise RunError if the files no longer hold the text that the run was started on."""
     if fixed.data_sha256 != corpus.sha256:
@@ -295,7 +321,9 @@ def _teacher(source: Source, config: RunConfig, processes: Processes) -> PreTrai
     """A frozen copy of the dense model, in the dtype of the forward pass."""
     teacher = copy.deepcopy(source.model).requires_grad_(False).eval()
     if config.compute == "bf16":
-        teacher = teacher.to(torch.bfloat16)
+        # Not model.to: buffers, such as rotary frequencies, stay as they are.
+        for parameter in teacher.parameters():
+            parameter.data = parameter.data.bfloat16()
     if config.compile:
         compile_blocks(teacher)
     _spread(config, teacher, processes)
@@ -314,6 +342,8 @@ def _provenance(
 ) -> dict[str, Any]:
     """cast.json: what made this checkpoint. Folder and file names only, no paths of a machine."""
     return {
+        "method": config.method,
+        **({"initial_mask": config.initial_mask} if config.method == "fixed-mask" else {}),
         "teacher": config.model.resolve().name,
         "sparsity": config.pattern,
         "data": {

@@ -1,0 +1,244 @@
+"""cast-train compare: every method on the same model, data and token budget; a table and plots.
+
+    OUTPUT/NAME         the checkpoint of one run; NAME is its method, rate, lambda and seed
+    OUTPUT/NAME.run     its checkpoints, logs and plots
+    OUTPUT/results.*    .json, .md; perplexity.png, final.png
+
+The same command again runs what is missing: finished runs are kept, an interrupted one continues.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from cast_serve.trainer.arguments import Parser, parse
+from cast_serve.trainer.config import RunConfig
+from cast_serve.trainer.errors import RunError
+
+ONE_SHOT = ("magnitude", "wanda", "sparsegpt")
+TRAINED = ("dense", "fixed-mask", "sr-ste", "ast", "cast")
+_OTHER_MASKS = ("fixed-mask:wanda", "fixed-mask:sparsegpt")
+METHODS = (*ONE_SHOT, *TRAINED, *_OTHER_MASKS)
+_WITH_DECAY = ("cast", "sr-ste", "ast")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One row of the table. `method` is as on the command line; one-shot methods train nothing."""
+
+    method: str
+    config: RunConfig
+
+    @property
+    def name(self) -> str:
+        return self.config.output.name
+
+    @property
+    def trains(self) -> bool:
+        return self.method not in ONE_SHOT
+
+    @property
+    def finished(self) -> bool:
+        """The output is renamed to its name when it is whole."""
+        return (self.config.output / "cast.json").is_file()
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the comparison; returns the exit status.
+
+    Raises:
+        RunError: a flag is wrong; or runs failed, and the others are in the results.
+    """
+    jobs = parse_jobs(arguments)
+    # Here, because transformers takes seconds to import and --help must not wait for it.
+    from transformers.utils.logging import disable_progress_bar
+
+    from cast_serve.trainer.compare_results import write_results
+
+    disable_progress_bar()
+    console = Console(highlight=False)
+    _check(jobs)
+    folder, done, failed = jobs[0].config.output.parent, [], []
+    for number, job in enumerate(jobs, start=1):
+        kept = job.finished
+        state = "finished before" if kept else "starting"
+        console.print(f"compare {number}/{len(jobs)}: {job.name}: {state}", markup=False)
+        try:
+            if not kept:
+                _run(job, console)
+        except RunError as error:
+            # A rate that diverges is a finding about one method; the others are still wanted.
+            failed.append(f"{job.name}: {error}")
+            console.print(f"failed: {error}", style="red", markup=False)
+        else:
+            done.append(job)
+        if done and (not kept or number == len(jobs)):
+            write_results(done, folder)
+    if failed:
+        raise RunError(f"{len(failed)} of {len(jobs)} runs failed; the first: {failed[0]}")
+    console.print(f"wrote {folder / 'results.md'}", markup=False)
+    return 0
+
+
+def parse_jobs(arguments: Sequence[str]) -> list[Job]:
+    """The rows that a command line asks for, in the order of --methods.
+
+    Raises:
+        RunError: an unknown method or flag, or a value that no run can have.
+        SystemExit: --help.
+    """
+    given, rest = _parser().parse_known_args(arguments)
+    methods = given.methods.split(",")
+    for method in methods:
+        if method not in METHODS:
+            raise RunError(f"methods: {method!r} is none; known: {', '.join(METHODS)}")
+    if len(set(methods)) < len(methods):
+        raise RunError("methods: one is named twice")
+    base = parse([*rest, "--output", str(given.output / "run")])
+    _refuse_what_differs(base)
+    rates = _by_method("lr", given.lr, [m for m in methods if m not in ONE_SHOT])
+    decays = _by_method("lambda", given.decay, [m for m in methods if m in _WITH_DECAY])
+    seeds = _seeds(given.seeds) if given.seeds else [base.seed]
+    jobs = []
+    for method in methods:
+        if method in ONE_SHOT:
+            jobs += [_job(method, base, given.output, seed=seeds[0])]
+            continue
+        for lr, decay, seed in product(rates[method], decays.get(method, [None]), seeds):
+            jobs.append(_job(method, base, given.output, seed=seed, lr=lr, decay=decay))
+    return jobs
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="cast-train compare",
+        description="Train and prune one model by every method with the same data and budget.",
+        epilog="Any other flag is cast-train's and holds for every run, such as --model, --data, "
+        "--eval-data, --tokens, --batch-size, --config. The same command again continues.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "--methods",
+        default=",".join((*ONE_SHOT, *TRAINED)),
+        metavar="A,B",
+        help=f"of {', '.join(METHODS)} (default: all but the last {len(_OTHER_MASKS)})",
+    )
+    parser.add_argument("--seeds", metavar="N,N", help="each method once with each (default: 0)")
+    parser.add_argument(
+        "--lr",
+        default="",
+        metavar="METHOD=X,...",
+        help="peak learning rates; a method named several times runs with each (default: each "
+        "method's own, see cast-train --help)",
+    )
+    parser.add_argument(
+        "--lambda", dest="decay", default="", metavar="METHOD=X,...", help="likewise, the decay"
+    )
+    return parser
+
+
+def _refuse_what_differs(base: RunConfig) -> None:
+    """What is one for all runs here and must not be, or has no meaning."""
+    for key, is_given, instead in (
+        ("method", base.method != "cast", "name them in --methods"),
+        ("lr", base.lr is not None, "give --lr METHOD=X"),
+        ("lambda", base.lambda_ is not None, "give --lambda METHOD=X"),
+        ("resume", base.resume, "leave it out: a comparison continues by itself"),
+        ("dry_run", base.dry_run, "leave it out; cast-train --dry-run checks one method"),
+    ):
+        if is_given:
+            raise RunError(f"{key}: it differs from run to run; {instead}")
+
+
+def _by_method(key: str, text: str, methods: list[str]) -> dict[str, list[float | None]]:
+    """`a=1,b=2,b=3` as {a: [1], b: [2, 3]}; [None], the default, for the others."""
+    found: dict[str, list[float | None]] = {}
+    for part in filter(None, text.split(",")):
+        method, equals, value = part.rpartition("=")
+        if not equals:
+            raise RunError(f"{key}: {part!r} names no method; write --{key} METHOD={part}")
+        if method not in methods:
+            known = ", ".join(methods) or "none of these methods has one"
+            raise RunError(f"{key}: {method!r} is not trained with one here; known: {known}")
+        try:
+            found.setdefault(method, []).append(float(value))
+        except ValueError:
+            raise RunError(f"{key}: expected a number for {method}, got {value!r}") from None
+    return {method: found.get(method, [None]) for method in methods}
+
+
+def _seeds(text: str) -> list[int]:
+    seeds = [int(part) for part in text.split(",") if part.isdecimal()]
+    if len(set(seeds)) < len(text.split(",")):
+        raise RunError(f"seeds: expected different whole numbers such as 0,1,2, got {text!r}")
+    return seeds
+
+
+def _job(
+    method: str,
+    base: RunConfig,
+    folder: Path,
+    *,
+    seed: int,
+    lr: float | None = None,
+    decay: float | None = None,
+) -> Job:
+    # Any: mypy does not see that the parts of METHODS are those that RunConfig knows.
+    trained: Any
+    mask: Any
+    trained, _, mask = method.partition(":")
+    if method in ONE_SHOT:
+        # A mask that is fixed, and no step of training.
+        trained, mask = "fixed-mask", method
+    parts = [f"oneshot-{method}" if method in ONE_SHOT else method.replace(":", "-")]
+    parts += [f"lr{lr:g}"] if lr is not None else []
+    parts += [f"lambda{decay:g}"] if decay is not None else []
+    config = replace(
+        base,
+        method=trained,
+        initial_mask=mask or "magnitude",
+        lr=lr,
+        lambda_=decay,
+        seed=seed,
+        # About ten points of the curve.
+        eval_steps=base.eval_steps or 0.1,
+        output=folder / "-".join([*parts, f"seed{seed}"]),
+    )
+    return Job(method=method, config=config)
+
+
+def _check(jobs: list[Job]) -> None:
+    """Refuse before hours of work what would be refused after them."""
+    from cast_serve.trainer.run_dir import read_run
+    from cast_serve.trainer.train import run
+
+    for job in jobs:
+        if (job.config.run_dir / "run.json").is_file():
+            read_run(job.config)
+        elif job.method == "cast" and not job.finished:
+            # Its travel may be too short.
+            run(replace(job.config, dry_run=True), Console(quiet=True))
+
+
+def _run(job: Job, console: Console) -> None:
+    import gc
+
+    import torch
+
+    from cast_serve.trainer.methods.untrained import prune_without_training
+    from cast_serve.trainer.train import run
+
+    if job.trains:
+        started = (job.config.run_dir / "run.json").is_file()
+        run(replace(job.config, resume=started), console)
+    else:
+        prune_without_training(job.config)
+    # A Trainer is part of reference cycles, and holds its model and optimizer on the GPU.
+    gc.collect()
+    torch.cuda.empty_cache()

@@ -1,0 +1,253 @@
+"""What a comparison found: rows from the finished runs, results.json, results.md and two plots.
+
+Every number is read from what the runs wrote: cast.json of the checkpoint, and the run's log.
+"""
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cast_serve.trainer.compare import Job
+from cast_serve.trainer.config import RunConfig
+from cast_serve.trainer.journal import read_history
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """Perplexity after `tokens`: as the model trains, and as it would be pruned (None: dense)."""
+
+    tokens: int
+    perplexity: float
+    pruned: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One run. `perplexity` is that of the written model; lr and lambda_ None where not used."""
+
+    method: str
+    checkpoint: str
+    tokens: int
+    lr: float | None
+    lambda_: float | None
+    seed: int
+    perplexity_dense: float
+    perplexity_before_prune: float | None
+    perplexity: float
+    curve: tuple[Point, ...]
+
+
+def write_results(jobs: Sequence[Job], folder: Path) -> list[Row]:
+    """Write results.json, results.md, perplexity.png and final.png of finished `jobs`."""
+    import torch
+
+    from cast_serve.bench.environment import describe
+
+    rows = [read_row(job) for job in jobs]
+    config = jobs[0].config
+    evaluation = _record(config)["evaluation"]
+    on_gpu = config.device == "auto" and torch.cuda.is_available()
+    setting = {
+        "model": config.model.resolve().name,
+        "pattern": config.pattern,
+        "data": [source.name for source in config.data],
+        "evaluated_on": evaluation["on"],
+        "evaluation_tokens": evaluation["tokens"],
+        "context": evaluation["context"],
+    }
+    env = describe(torch.device("cuda", 0) if on_gpu else None)
+    found = {"env": env, "setting": setting, "rows": [asdict(row) for row in rows]}
+    _write(folder / "results.json", json.dumps(found, indent=2) + "\n")
+    _write(folder / "results.md", render(rows, setting, env))
+    plot_curves(rows, folder / "perplexity.png")
+    plot_final(rows, folder / "final.png")
+    return rows
+
+
+def read_row(job: Job) -> Row:
+    """The row of a finished run."""
+    record, config = _record(job.config), job.config
+    evaluation = record["evaluation"]
+    before = evaluation.get("perplexity_before_prune")
+    after = evaluation["perplexity_after_prune"]
+    curve: list[Point] = []
+    if job.trains:
+        per_step = record["batch"] * record["context"]
+        curve = [
+            Point(
+                tokens=entry["step"] * per_step,
+                perplexity=entry["eval_perplexity"],
+                pruned=entry.get("eval_perplexity_pruned"),
+            )
+            for entry in read_history(config.run_dir)
+            if "eval_perplexity" in entry and entry["step"] < record["steps"]
+        ]
+        pruned = None if config.method == "dense" else after
+        curve.append(Point(tokens=record["tokens"], perplexity=before, pruned=pruned))
+    return Row(
+        method=job.method if job.trains else f"{job.method} (one-shot)",
+        checkpoint=config.output.name,
+        tokens=record["tokens"],
+        lr=record.get("lr"),
+        lambda_=record.get("lambda") or None,
+        seed=config.seed,
+        perplexity_dense=evaluation["perplexity_dense"],
+        perplexity_before_prune=None if config.method == "dense" else before,
+        perplexity=after,
+        curve=tuple(curve),
+    )
+
+
+def render(rows: Sequence[Row], setting: dict[str, Any], env: dict[str, Any]) -> str:
+    """results.md: every run, and the mean over seeds where there are several."""
+    lines = [
+        f"# {setting['model']} to {setting['pattern']}, method by method",
+        "",
+        f"Perplexity on {setting['evaluation_tokens']:,} tokens ({setting['evaluated_on']}), "
+        f"non-overlapping windows of {setting['context']}, weights in fp32. Trained on "
+        f"{', '.join(setting['data'])}. {env['gpu']}, torch {env['torch']}, commit "
+        f"{env['commit']}.",
+        "",
+        *_table(
+            ("method", "tokens", "lr", "lambda", "seed", "before the prune", "perplexity"),
+            [
+                ("untouched, dense", "0", "", "", "", "", _number(rows[0].perplexity_dense)),
+                *(_cells(row) for row in rows),
+            ],
+        ),
+        "",
+    ]
+    repeated = [_mean_cells(group) for group in _by_setting(rows) if len(group) > 1]
+    if repeated:
+        lines += ["Over the seeds, mean and standard deviation of the sample:", ""]
+        lines += _table(("method", "lr", "lambda", "seeds", "perplexity"), repeated)
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    before, after = _number(row.perplexity_before_prune), _number(row.perplexity)
+    return (row.method, f"{row.tokens:,}", *_setting(row), str(row.seed), before, after)
+
+
+def _mean_cells(group: Sequence[Row]) -> tuple[str, ...]:
+    """Of rows that differ by their seed alone."""
+    values = [row.perplexity for row in group]
+    found = f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+    # A default that is measured, such as CAST's lambda, may follow the seed.
+    settings = [
+        cells[0] if len(set(cells)) == 1 else "each its own"
+        for cells in zip(*map(_setting, group), strict=True)
+    ]
+    return (group[0].method, *settings, str(len(group)), found)
+
+
+def _setting(row: Row) -> tuple[str, str]:
+    return (f"{row.lr:.3g}" if row.lr else "", f"{row.lambda_:.3g}" if row.lambda_ else "")
+
+
+def plot_curves(rows: Sequence[Row], path: Path) -> None:
+    """Perplexity against tokens: solid as pruned then, dashed as it trains where that differs."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.axhline(rows[0].perplexity_dense, color="grey", lw=1, ls=":", label="untouched, dense")
+    colours = _colours(rows)
+    for row in rows:
+        label, colour = _label(row, rows), colours[row.method]
+        peers = [peer for peer in rows if peer.method == row.method]
+        marker = "os^vPX*"[peers.index(row) % 7]
+        if not row.curve:
+            axes.plot([0], [row.perplexity], "D", color=colour, label=label, clip_on=False)
+            continue
+        tokens = [point.tokens for point in row.curve]
+        trained = [point.perplexity for point in row.curve]
+        pruned = [p.perplexity if p.pruned is None else p.pruned for p in row.curve]
+        axes.plot(tokens, pruned, marker=marker, ms=4, color=colour, label=label)
+        if any(abs(a / b - 1) > 0.005 for a, b in zip(trained, pruned, strict=True)):
+            axes.plot(tokens, trained, ls="--", lw=1, color=colour)
+    axes.set_yscale("log")
+    axes.set(
+        xlabel="training tokens",
+        ylabel="perplexity",
+        title="Perplexity as pruned at that point (dashed: before the prune)",
+    )
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def plot_final(rows: Sequence[Row], path: Path) -> None:
+    """Bars of the perplexity of the written models; logarithmic where they differ by 10 times."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 1 + 0.4 * len(rows)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    colours, values = _colours(rows), [row.perplexity for row in rows]
+    bars = axes.barh(range(len(rows)), values, color=[colours[row.method] for row in rows])
+    axes.bar_label(bars, [_number(value) for value in values], padding=3, fontsize=8)
+    axes.axvline(rows[0].perplexity_dense, color="grey", lw=1, ls=":", label="untouched, dense")
+    if max(values) > 10 * min(values):
+        axes.set_xscale("log")
+    axes.set_yticks(range(len(rows)), [_label(row, rows) for row in rows])
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.set(xlabel="perplexity", title="Perplexity of the written models")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def _label(row: Row, rows: Sequence[Row]) -> str:
+    """The method, and what tells its row from others of the same method."""
+    peers = [other for other in rows if other.method == row.method]
+    parts = [row.method]
+    if len({peer.lr for peer in peers}) > 1:
+        parts.append(f"lr {row.lr:.2g}")
+    if len({peer.lambda_ for peer in peers}) > 1:
+        parts.append(f"lambda {row.lambda_:.2g}")
+    if len({peer.seed for peer in peers}) > 1:
+        parts.append(f"seed {row.seed}")
+    return ", ".join(parts)
+
+
+def _colours(rows: Sequence[Row]) -> dict[str, str]:
+    """One colour a method, so that seeds and rates of a method belong together."""
+    return {m: f"C{place}" for place, m in enumerate(dict.fromkeys(row.method for row in rows))}
+
+
+def _by_setting(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows that were asked for with the same rate and lambda, each group of all its seeds."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        setting = row.checkpoint.removesuffix(f"-seed{row.seed}")
+        groups.setdefault((row.method, setting), []).append(row)
+    return list(groups.values())
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return [f"| {' | '.join(cells)} |" for cells in (head, rule, *rows)]
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3f}" if value < 1000 else f"{value:.3g}"
+
+
+def _record(config: RunConfig) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((config.output / "cast.json").read_text(encoding="utf-8"))
+    return record
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")

@@ -1,0 +1,46 @@
+"""What a training method decides: layers, optimizer, strength of the decay."""
+
+from abc import ABC, abstractmethod
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from cast_serve.trainer.config import RunConfig
+from cast_serve.trainer.data import BlockStream
+from cast_serve.trainer.gradient import Gradient
+from cast_serve.trainer.layers import LayerChoice
+from cast_serve.trainer.methods.adamw import MaskedAdamW
+from cast_serve.trainer.optim import AdamS
+from cast_serve.trainer.run_dir import Fixed
+
+
+class Method(ABC):
+    """One way to train a dense model to N:M sparsity, under one configuration."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+
+    @abstractmethod
+    def add_layers(
+        self,
+        model: PreTrainedModel,
+        layers: list[LayerChoice],
+        stream: BlockStream,
+        *,
+        resumed: bool,
+    ) -> None:
+        """Make `model`, dense and untouched, the model that is trained; in place.
+
+        Args:
+            layers: every linear layer, sparsified or with the reason why not.
+            stream: the sequences of the run, to calibrate on.
+            resumed: a checkpoint's weights and masks will replace those made here.
+        """
+
+    def decay(self, gradient: Gradient) -> float:
+        """lambda where the configuration gives none; 0 without a decay."""
+        return 0.0
+
+    @abstractmethod
+    def optimizer(self, model: nn.Module, fixed: Fixed) -> AdamS | MaskedAdamW:
+        """The optimizer of a model that add_layers has made ready."""

@@ -1,0 +1,76 @@
+"""A one-shot method as a run of no steps: prune, evaluate, write what a trained run writes."""
+
+import shutil
+
+import torch
+
+from cast_serve.trainer.config import RunConfig
+from cast_serve.trainer.evaluate import mean_loss, to_perplexity
+from cast_serve.trainer.export import publish, write_training_form
+from cast_serve.trainer.layers import choose_layers
+from cast_serve.trainer.methods import method_of
+from cast_serve.trainer.methods.start import CALIBRATION_SEQUENCES
+from cast_serve.trainer.run_dir import Fixed, write_run
+from cast_serve.trainer.source import context_length, load_source
+from cast_serve.trainer.train import load_text, make_stream
+
+
+def prune_without_training(config: RunConfig) -> None:
+    """Write config.output: the model pruned by config.initial_mask, and no more.
+
+    Args:
+        config: of method fixed-mask; its budget is not used.
+
+    Raises:
+        RunError: as train.run.
+    """
+    source = load_source(config.model)
+    model = source.model
+    gpu = config.device == "auto" and torch.cuda.is_available()
+    model.to("cuda" if gpu else "cpu")  # type: ignore[arg-type]  # hidden by a decorator
+    context = context_length(model, config.context)
+    corpus = load_text(config, source, context=context)
+    layers = choose_layers(model, config.nm, scaling_blocks=config.scaling_blocks)
+    dense = mean_loss(model, corpus.evaluation)
+    fixed = Fixed(
+        steps=0,
+        context=context,
+        sequences_per_step=0,
+        lr=0.0,
+        lambda_=0.0,
+        data_sha256=corpus.sha256,
+        dense_loss=dense,
+    )
+    write_run(config, fixed)
+    sample = make_stream(config, corpus, length=CALIBRATION_SEQUENCES)
+    method_of(config).add_layers(model, layers, sample, resumed=False)
+    loss = mean_loss(model, corpus.evaluation)
+    training_form = config.run_dir / "training-form"
+    shutil.rmtree(training_form, ignore_errors=True)
+    write_training_form(
+        model,
+        model.state_dict(),
+        source.folder,
+        training_form,
+        pattern=config.pattern,
+        ignore=[layer.name for layer in layers if layer.dense_because],
+    )
+    dtype = source.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    provenance = {
+        "method": f"one-shot {config.initial_mask}",
+        "teacher": config.model.resolve().name,
+        "sparsity": config.pattern,
+        "data": {"files": [source.name for source in config.data], "sha256": corpus.sha256},
+        "tokens": 0,
+        "context": context,
+        "seed": config.seed,
+        "evaluation": {
+            "on": corpus.evaluated_on,
+            "tokens": corpus.evaluation.numel(),
+            "context": context,
+            "perplexity_dense": to_perplexity(dense),
+            "perplexity_after_prune": to_perplexity(loss),
+        },
+    }
+    publish(model, model.state_dict(), training_form, config, dtype=dtype, provenance=provenance)
+    shutil.rmtree(training_form)

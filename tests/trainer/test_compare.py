@@ -1,0 +1,254 @@
+"""cast-train compare: what runs, what is kept, and that the table holds what was written."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from cast_serve.trainer import compare
+from cast_serve.trainer.compare import METHODS, parse_jobs
+from cast_serve.trainer.compare_results import Point, Row, render
+from cast_serve.trainer.data import load_corpus
+from cast_serve.trainer.data_source import DataSource
+from cast_serve.trainer.errors import RunError
+from cast_serve.trainer.evaluate import perplexity
+from cast_serve.trainer.gradient import Gradient
+from cast_serve.trainer.main import main
+from cast_serve.trainer.source import load_source
+
+REQUIRED = ["--model", "m", "--data", "a.txt", "--tokens", "1000"]
+STEPS, BATCH, CONTEXT = 12, 4, 32
+
+
+def jobs(*flags):
+    return parse_jobs([*REQUIRED, "--output", "out", *flags])
+
+
+@pytest.fixture
+def eval_file(tmp_path):
+    path = tmp_path / "eval.txt"
+    path.write_text("the captain and the whale of the sea and ship " * 12)
+    return path
+
+
+@pytest.fixture
+def flags(llama_dir, text_file, eval_file, tmp_path):
+    return [
+        *("compare", "--model", str(llama_dir), "--data", str(text_file)),
+        *("--eval-data", str(eval_file), "--tokens", str(STEPS * BATCH * CONTEXT)),
+        *("--context", str(CONTEXT), "--batch-size", str(BATCH), "--save-steps", "4"),
+        *("--device", "cpu", "--export", "dense", "--dtype", "float32", "--allow-short-travel"),
+        *("--lr", "cast=2e-3,sr-ste=1e-3", "--lambda", "cast=1e-4"),
+        *("--output", str(tmp_path / "out"), "--methods", "magnitude,dense,sr-ste,cast"),
+    ]
+
+
+def written_perplexity(folder, llama_dir, eval_file):
+    """Of a checkpoint as its files are, by a stock model."""
+    model = AutoModelForCausalLM.from_pretrained(llama_dir, dtype=torch.float32)
+    missing, unexpected = model.load_state_dict(
+        load_file(folder / "model.safetensors"), strict=False
+    )
+    assert not unexpected and set(missing) <= {"lm_head.weight"}
+    source = DataSource(place=str(eval_file))
+    tokenizer = load_source(llama_dir).tokenizer
+    (blocks,) = load_corpus((source,), tokenizer, context=CONTEXT, held_out=0.0).parts
+    return perplexity(model, blocks.stacked().flatten(), CONTEXT)
+
+
+def test_compare_interrupted_and_run_again(flags, llama_dir, eval_file, tmp_path, monkeypatch):
+    folder = tmp_path / "out"
+    straight = ["--methods", "sr-ste", "--lr", "sr-ste=1e-3", "--lambda", ""]
+    assert main([*flags, *straight, "--output", str(tmp_path / "straight")]) == 0
+
+    compute, calls = Gradient.accumulate, []
+
+    def interrupted(self, *arguments, **options):
+        calls.append(None)
+        # In sr-ste's 8th step, after dense's 12.
+        if len(calls) == STEPS + 8:
+            raise KeyboardInterrupt
+        return compute(self, *arguments, **options)
+
+    monkeypatch.setattr(Gradient, "accumulate", interrupted)
+    assert main(flags) == 130
+    found = json.loads((folder / "results.json").read_text())
+    assert [row["method"] for row in found["rows"]] == ["magnitude (one-shot)", "dense"]
+    kept = (folder / "dense-seed0/model.safetensors").stat().st_mtime_ns
+
+    calls.clear()
+    monkeypatch.setattr(
+        Gradient,
+        "accumulate",
+        lambda self, *a, **o: calls.append(None) or compute(self, *a, **o),
+    )
+    assert main(flags) == 0
+    # sr-ste goes on after the checkpoint of step 4, cast runs, dense does not.
+    assert len(calls) == (STEPS - 4) + STEPS
+    assert (folder / "dense-seed0/model.safetensors").stat().st_mtime_ns == kept
+
+    name = "sr-ste-lr0.001-seed0/model.safetensors"
+    expected, weights = load_file(tmp_path / "straight" / name), load_file(folder / name)
+    assert all(torch.equal(weights[key], expected[key]) for key in expected)
+
+    found = json.loads((folder / "results.json").read_text())
+    rows = {row["checkpoint"]: row for row in found["rows"]}
+    names = ["oneshot-magnitude-seed0", "dense-seed0", "sr-ste-lr0.001-seed0"]
+    assert list(rows) == [*names, "cast-lr0.002-lambda0.0001-seed0"]
+    text = (folder / "results.md").read_text()
+    for name, row in rows.items():
+        number = written_perplexity(folder / name, llama_dir, eval_file)
+        assert row["perplexity"] == pytest.approx(number, rel=1e-5), name
+        assert f"{row['perplexity']:.3f}" in text, name
+        tokens = [point["tokens"] for point in row["curve"]]
+        # Every 2 of 12 steps: the whole steps in a tenth of the run, rounded up.
+        every = range(0, STEPS + 1, 2) if row["tokens"] else []
+        assert tokens == [step * BATCH * CONTEXT for step in every], name
+    sparse = rows["cast-lr0.002-lambda0.0001-seed0"]["curve"]
+    one_shot = rows["oneshot-magnitude-seed0"]["perplexity"]
+    assert sparse[0]["pruned"] == pytest.approx(one_shot, rel=1e-6)
+    assert sparse[0]["perplexity"] == pytest.approx(found["rows"][0]["perplexity_dense"], rel=1e-6)
+    for plot in ("perplexity.png", "final.png"):
+        assert (folder / plot).read_bytes().startswith(b"\x89PNG")
+    assert found["setting"]["evaluated_on"] == "eval_data"
+    assert str(tmp_path) not in json.dumps(found)
+
+    calls.clear()
+    assert main(flags) == 0
+    assert not calls
+    # A lost plot or table costs no training.
+    (folder / "results.md").unlink()
+    shutil.rmtree(folder / "cast-lr0.002-lambda0.0001-seed0")
+    assert main(flags) == 0
+    assert not calls
+    assert (folder / "results.md").read_text() == text
+
+
+def test_compare_refuses_another_setting_in_the_same_folder(flags, capsys, tmp_path):
+    only = [*flags, "--methods", "magnitude", "--lr", "", "--lambda", ""]
+    assert main(only) == 0
+    assert main([*only, "--pattern", "1:4"]) == 2
+    assert "pattern was" in capsys.readouterr().err
+
+
+def test_compare_refuses_a_short_travel_before_it_trains(flags, capsys, tmp_path):
+    flags.remove("--allow-short-travel")
+    assert main([*flags, "--lr", "cast=1e-6"]) == 2
+    assert "cast-train compare: error: travel 0.0" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_compare_goes_on_after_a_run_that_diverges(flags, capsys, tmp_path):
+    given = ["--methods", "sr-ste,magnitude", "--lr", "sr-ste=1e30", "--lambda", ""]
+    assert main([*flags, *given, "--log-steps", "1"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(
+        "cast-train compare: error: 1 of 2 runs failed; the first: sr-ste-lr1e+30"
+    )
+    found = json.loads((tmp_path / "out/results.json").read_text())
+    assert [row["method"] for row in found["rows"]] == ["magnitude (one-shot)"]
+
+
+def test_jobs_by_default():
+    found = {job.method: job for job in jobs()}
+    assert list(found) == [m for m in METHODS if ":" not in m]
+    configs = {method: job.config for method, job in found.items()}
+    assert configs["wanda"].initial_mask == "wanda"
+    assert not found["wanda"].trains
+    assert configs["cast"].method == "cast"
+    assert configs["fixed-mask"].initial_mask == "magnitude"
+    assert {config.tokens for config in configs.values()} == {1000}
+    assert all(config.lr is None for config in configs.values())
+    assert len({job.name for job in found.values()}) == len(found)
+
+
+def test_jobs_of_rates_and_seeds():
+    found = jobs(
+        "--methods",
+        "magnitude,fixed-mask:wanda,ast",
+        "--seeds",
+        "1,2",
+        "--lr",
+        "ast=1e-4,ast=2e-4",
+        "--lambda",
+        "ast=1e-5",
+        "--eta",
+        "0.5",
+    )
+    assert [job.name for job in found] == [
+        "oneshot-magnitude-seed1",
+        "fixed-mask-wanda-seed1",
+        "fixed-mask-wanda-seed2",
+        "ast-lr0.0001-lambda1e-05-seed1",
+        "ast-lr0.0001-lambda1e-05-seed2",
+        "ast-lr0.0002-lambda1e-05-seed1",
+        "ast-lr0.0002-lambda1e-05-seed2",
+    ]
+    last = found[-1].config
+    assert (last.method, last.lr, last.lambda_, last.seed) == ("ast", 2e-4, 1e-5, 2)
+    assert {job.config.eta for job in found} == {0.5}
+    assert found[1].config.initial_mask == "wanda"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--methods", "cast,lottery"], "methods: 'lottery' is none; known: magnitude, wanda"),
+        (["--methods", "cast,cast"], "methods: one is named twice"),
+        (["--lr", "1e-4"], "lr: '1e-4' names no method; write --lr METHOD=1e-4"),
+        (["--lr", "wanda=1e-4"], "lr: 'wanda' is not trained with one here; known: dense, fixed"),
+        (["--lr", "cast=fast"], "lr: expected a number for cast, got 'fast'"),
+        (["--lr", "cast=-1"], "lr: -1.0 is out of range"),
+        (["--lambda", "dense=1"], "lambda: 'dense' is not trained with one here; known: sr-ste"),
+        (["--seeds", "1,x"], "seeds: expected different whole numbers"),
+        (["--seeds", "1,1"], "seeds: expected different whole numbers"),
+        (["--method", "ast"], "method: it differs from run to run; name them in --methods"),
+        (["--resume"], "resume: it differs from run to run; leave it out"),
+        (["--dry-run"], "dry_run: it differs from run to run"),
+        (["--batch", "4"], "unrecognized arguments: --batch"),
+    ],
+)
+def test_flags_that_are_refused(given, message):
+    with pytest.raises(RunError, match=message):
+        jobs(*given)
+
+
+def test_a_rate_in_yaml_is_refused(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("lr: 1e-4\n")
+    with pytest.raises(RunError, match="lr: it differs from run to run; give --lr METHOD=X"):
+        jobs("--config", str(path))
+
+
+def test_render_means_over_seeds():
+    def row(seed, found, method="cast"):
+        return Row(
+            method=method,
+            checkpoint=f"{method}-lr0.1-seed{seed}",
+            tokens=2048,
+            lr=0.1,
+            lambda_=None,
+            seed=seed,
+            perplexity_dense=9.0,
+            perplexity_before_prune=12.5,
+            perplexity=found,
+            curve=(Point(tokens=0, perplexity=9.0, pruned=90.0),),
+        )
+
+    setting = {"model": "m", "pattern": "2:4", "data": ["a.txt"], "evaluation_tokens": 512}
+    setting |= {"evaluated_on": "held-out", "context": 32}
+    env = {"gpu": "CPU", "torch": "2", "commit": "abc"}
+    text = render([row(0, 12.0), row(1, 14.0), row(0, 20000.0, "ast")], setting, env)
+    assert "| cast | 2,048 | 0.1 |  | 1 | 12.500 | 14.000 |" in text
+    assert "| ast | 2,048 | 0.1 |  | 0 | 12.500 | 2e+04 |" in text
+    assert "| cast | 0.1 |  | 2 | 13.000 ± 1.414 |" in text
+    assert text.count("±") == 1
+
+
+def test_methods_of_the_command_are_those_of_the_trainer():
+    from cast_serve.trainer.methods import METHODS as trained
+
+    assert set(compare.TRAINED) == set(trained)
