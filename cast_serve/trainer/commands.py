@@ -15,7 +15,9 @@ from cast_serve.trainer.errors import RunError
 Command = Callable[[Sequence[str]], int]
 
 # name: "module:function"
-COMMANDS: dict[str, str] = {}
+COMMANDS = {
+    "evaluate": "cast_serve.trainer.evaluation.command:main",
+}
 
 
 def find_command(name: str) -> Command:
