@@ -17,6 +17,7 @@ Command = Callable[[Sequence[str]], int]
 # name: "module:function"
 COMMANDS = {
     "evaluate": "cast_serve.trainer.evaluation.command:main",
+    "prune": "cast_serve.trainer.prune:main",
 }
 
 

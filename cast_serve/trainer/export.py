@@ -77,12 +77,12 @@ def publish(
 
         convert(training_form, staging, to=config.export_form, dtype=dtype, provenance=provenance)
     else:
-        _write_dense(model, config.model, staging, dtype)
+        write_dense(model, config.model, staging, dtype)
         _write_json(staging / "cast.json", provenance)
     _replace(staging, config.output)
 
 
-def _write_dense(model: PreTrainedModel, source: Path, target: Path, dtype: torch.dtype) -> None:
+def write_dense(model: PreTrainedModel, source: Path, target: Path, dtype: torch.dtype) -> None:
     """An ordinary HF checkpoint of the pruned and folded model: stock names, no extra tensors."""
     weights = {
         name: tensor.to(dtype)

@@ -61,8 +61,9 @@ def _load_sparse(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         config = _unquantized(AutoConfig.from_pretrained(folder, local_files_only=True))
+        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         # Not the constructor and load_state_dict: names may have changed between releases.
-        loaded: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+        loaded = kind.from_pretrained(
             None, config=config, state_dict=weights, dtype=torch.float32, output_loading_info=True
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
