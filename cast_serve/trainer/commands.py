@@ -15,10 +15,12 @@ from cast_serve.trainer.errors import RunError
 Command = Callable[[Sequence[str]], int]
 
 # name: "module:function"
-COMMANDS: dict[str, str] = {
+COMMANDS = {
     "compare": "cast_serve.trainer.compare:main",
     "estimate": "cast_serve.trainer.estimate:main",
+    "evaluate": "cast_serve.trainer.evaluation.command:main",
     "generate": "cast_serve.trainer.generation.main:main",
+    "prune": "cast_serve.trainer.prune:main",
 }
 
 

@@ -87,12 +87,12 @@ def publish(
 
         convert(training_form, staging, to=config.export_form, dtype=dtype, provenance=provenance)
     else:
-        _write_dense(model, weights, config.model, staging, dtype)
+        write_dense(model, weights, config.model, staging, dtype)
         _write_json(staging / "cast.json", provenance)
     _replace(staging, config.output)
 
 
-def _write_dense(
+def write_dense(
     model: PreTrainedModel,
     weights: dict[str, torch.Tensor],
     source: Path,

@@ -72,7 +72,7 @@ def load_source(folder: Path) -> Source:
         reason = str(error).strip().split("\n")[0]
         raise RunError(f"model: cannot load {folder}: {reason}") from error
     model, loading = loaded
-    _require_whole(folder, model, loading)
+    require_whole(folder, model, loading)
     dtype = model.dtype
     return Source(folder=folder, model=model.float(), tokenizer=tokenizer, dtype=dtype)
 
@@ -91,7 +91,7 @@ def load_empty_source(folder: Path, dtype: torch.dtype) -> Source:
     return Source(folder=folder, model=model, tokenizer=tokenizer, dtype=dtype)
 
 
-def _require_whole(folder: Path, model: PreTrainedModel, loading: dict[str, Any]) -> None:
+def require_whole(folder: Path, model: PreTrainedModel, loading: dict[str, Any]) -> None:
     """Refuse weights that transformers made up, or that cannot be trained from."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     for what in ("missing_keys", "mismatched_keys"):

@@ -10,7 +10,8 @@ packing      attention that stays within a document
 stream       sequence i of the run
 """
 
-from cast_serve.trainer.data.corpus import Corpus, load_corpus
+from cast_serve.trainer.data.blocks import to_blocks
+from cast_serve.trainer.data.corpus import Corpus, load_corpus, read_tokens
 from cast_serve.trainer.data.stream import BlockStream, collate
 
-__all__ = ["BlockStream", "Corpus", "collate", "load_corpus"]
+__all__ = ["BlockStream", "Corpus", "collate", "load_corpus", "read_tokens", "to_blocks"]

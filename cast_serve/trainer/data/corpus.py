@@ -139,6 +139,18 @@ def load_corpus(
     )
 
 
+def read_tokens(
+    sources: tuple[DataSource, ...], tokenizer: PreTrainedTokenizerBase, *, cache: bool = True
+) -> TokenRun:
+    """All tokens of `sources`, end to end, EOS after each document; their weights do not matter.
+
+    Raises:
+        RunError: as load_corpus.
+    """
+    reading = Reading(tokenizer=tokenizer, text_key="text", cache=cache)
+    return TokenRun([_tokens(source, reading, None)[0] for source in sources])
+
+
 def _needed(budget: float, held_out: float, context: int) -> int:
     """Tokens of a source that give `budget` for training, the held-out share set aside."""
     # Two blocks: one may be cut off at the end, one is held out in any case.

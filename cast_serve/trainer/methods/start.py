@@ -1,5 +1,7 @@
 """Pruning before training: by magnitude, or by a one-shot method on a sample of the text."""
 
+from typing import Literal
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -10,6 +12,7 @@ from cast_serve.trainer.data import BlockStream
 from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.layers import LayerChoice
 from cast_serve.trainer.masks import weight_mask
+from cast_serve.trainer.oneshot import prune_oneshot
 
 # As Wanda and SparseGPT calibrate.
 CALIBRATION_SEQUENCES = 128
@@ -19,7 +22,7 @@ CALIBRATION_SEQUENCES = 128
 def prune_at_start(
     model: PreTrainedModel,
     layers: list[LayerChoice],
-    method: str,
+    method: Literal["magnitude", "wanda", "sparsegpt"],
     *,
     pattern: Pattern,
     stream: BlockStream,
@@ -34,8 +37,6 @@ def prune_at_start(
         RunError: the one-shot method prunes other layers than `layers`, or not to the pattern.
     """
     if method != "magnitude":
-        from cast_serve.trainer.oneshot import prune_oneshot
-
         # A shorter stream is read again from its start.
         items = [stream[i % len(stream)]["input_ids"] for i in range(CALIBRATION_SEQUENCES)]
         found = prune_oneshot(model, method, pattern, torch.stack(items).to(model.device))

@@ -1,0 +1,155 @@
+"""One evaluation: a checkpoint, and everything that was asked of it."""
+
+import math
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from cast_serve.trainer.errors import RunError
+from cast_serve.trainer.evaluation.checkpoint import Loaded, load_checkpoint
+from cast_serve.trainer.evaluation.choices import Item, read_items, score_items
+from cast_serve.trainer.evaluation.harness import TaskResults, require_lm_eval, run_tasks
+from cast_serve.trainer.evaluation.perplexity import Score, score_strided, score_windows
+from cast_serve.trainer.evaluation.text import Join, token_stream
+from cast_serve.trainer.source import context_length
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to evaluate, and on what. Construction validates: RunError names the flag.
+
+    Attributes:
+        context: tokens per window; None is 1024, or the model's limit if that is less.
+        stride: tokens between sliding windows; None is half the context.
+        between: text between query and choice.
+        limit: first items of each zero-shot file and each task.
+    """
+
+    model: Path
+    text: tuple[Path, ...] = ()
+    join: Join = "raw"
+    context: int | None = None
+    stride: int | None = None
+    zero_shot: tuple[Path, ...] = ()
+    between: str = "\nAnswer:"
+    tasks: tuple[str, ...] = ()
+    include_path: Path | None = None
+    limit: int | None = None
+    device: Literal["auto", "cpu"] = "auto"
+    compute: Literal["fp32", "bf16"] = "fp32"
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        if not (self.text or self.zero_shot or self.tasks):
+            raise RunError("nothing to evaluate on; give --text, --zero-shot or --tasks")
+        for key, least in (("context", 2), ("stride", 1), ("limit", 1), ("batch_size", 1)):
+            value = getattr(self, key)
+            if value is not None and value < least:
+                raise RunError(f"{key}: {value} is out of range; it must be at least {least}")
+        if self.include_path is not None and not self.include_path.is_dir():
+            raise RunError(f"include_path: {self.include_path} is no folder")
+
+
+def evaluate(request: Request) -> dict[str, Any]:
+    """Results ready for JSON, in which a number that is not finite is None.
+
+    Raises:
+        RunError: something a user can put right.
+        CheckpointError: damaged weights, or a format that is not read.
+    """
+    # What fails fast goes before the model is loaded.
+    if request.tasks:
+        require_lm_eval()
+    items = {path: read_items(path)[: request.limit] for path in request.zero_shot}
+    loaded = load_checkpoint(request.model, dtype=_dtype(request))
+    device = "cuda" if request.device == "auto" and torch.cuda.is_available() else "cpu"
+    loaded.model.to(device)  # type: ignore[arg-type]  # hidden by a decorator of transformers
+    text = [_perplexities(loaded, path, request) for path in request.text]
+    zero_shot = [_zero_shot(loaded, path, found, request) for path, found in items.items()]
+    result: dict[str, Any] = {
+        "model": request.model.resolve().name,
+        "form": str(loaded.form),
+        "compute": request.compute,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "text": text,
+        "zero_shot": zero_shot,
+        "tasks": _tasks(loaded, request),
+        "versions": {name: version(name) for name in ("cast-serve", "torch", "transformers")},
+    }
+    return finite(result)
+
+
+def finite(value: Any) -> Any:
+    """`value` with None for the infinities and NaNs that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _dtype(request: Request) -> torch.dtype:
+    return torch.bfloat16 if request.compute == "bf16" else torch.float32
+
+
+def _perplexities(loaded: Loaded, path: Path, request: Request) -> dict[str, Any]:
+    context = context_length(loaded.model, request.context)
+    stride = request.stride or max(1, context // 2)
+    if stride > context:
+        raise RunError(
+            f"stride: {stride} would leave out tokens between windows of {context}; "
+            "give at most the context"
+        )
+    tokens = token_stream(path, loaded.tokenizer, join=request.join)
+    if len(tokens) < context:
+        raise RunError(
+            f"text: {path} has {len(tokens)} tokens, less than one window of {context}; "
+            "add text or lower --context"
+        )
+    batch = request.batch_size
+    windows = score_windows(loaded.model, tokens, context, batch_size=batch)
+    strided = score_strided(loaded.model, tokens, context, stride=stride, batch_size=batch)
+    return {
+        "file": path.name,
+        "join": request.join,
+        "tokens": len(tokens),
+        "context": context,
+        "windows": _score(windows),
+        "strided": {"stride": stride} | _score(strided),
+    }
+
+
+def _score(score: Score) -> dict[str, float]:
+    return {
+        "perplexity": score.perplexity,
+        "loss": score.loss,
+        "nats": score.nats,
+        "scored_tokens": score.tokens,
+    }
+
+
+def _zero_shot(loaded: Loaded, path: Path, items: list[Item], request: Request) -> dict[str, Any]:
+    accuracy = score_items(
+        loaded.model,
+        loaded.tokenizer,
+        items,
+        between=request.between,
+        batch_size=request.batch_size,
+    )
+    return {"file": path.name, "between": request.between} | asdict(accuracy)
+
+
+def _tasks(loaded: Loaded, request: Request) -> TaskResults:
+    if not request.tasks:
+        return {}
+    return run_tasks(
+        loaded.model,
+        loaded.tokenizer,
+        list(request.tasks),
+        include_path=request.include_path,
+        batch_size=request.batch_size,
+        limit=request.limit,
+    )

@@ -1,0 +1,98 @@
+"""`cast-train evaluate` as it is called: tables, one JSON line, refusals."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from cast_serve.trainer.evaluate import perplexity
+from cast_serve.trainer.evaluation.checkpoint import load_checkpoint
+from cast_serve.trainer.evaluation.evaluate import finite
+from cast_serve.trainer.evaluation.text import token_stream
+from cast_serve.trainer.main import main
+
+
+@pytest.fixture
+def evaluate(llama_dir, capsys):
+    """(exit status, stdout, stderr) of the command on the tiny Llama."""
+
+    def run(*flags: object) -> tuple[int, str, str]:
+        status = main(["evaluate", str(llama_dir), "--device", "cpu", *map(str, flags)])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def items_file(tmp_path) -> Path:
+    path = tmp_path / "items.jsonl"
+    rows = [{"query": f"Q{i}?", "choices": ["yes", "no"], "gold": i % 2} for i in range(6)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_everything_at_once(evaluate, llama_dir, text_file, items_file, tmp_path):
+    status, out, err = evaluate(
+        *("--text", text_file, "--context", 64, "--zero-shot", items_file, "--limit", 5),
+        *("--json", tmp_path / "out.json"),
+    )
+    assert (status, err) == (0, "")
+    line = out.splitlines()[-1]
+    assert (tmp_path / "out.json").read_text() == line + "\n"
+    result = json.loads(line)
+    loaded = load_checkpoint(llama_dir, dtype=torch.float32)
+    tokens = token_stream(text_file, loaded.tokenizer, join="raw")
+    text = result["text"][0]
+    assert (text["tokens"], text["context"]) == (len(tokens), 64)
+    assert text["windows"]["perplexity"] == pytest.approx(perplexity(loaded.model, tokens, 64))
+    assert text["windows"]["scored_tokens"] == len(tokens) // 64 * 63
+    assert text["strided"]["stride"] == 32
+    assert text["strided"]["scored_tokens"] == len(tokens) - 1
+    assert result["zero_shot"][0]["items"] == 5
+    assert result["model"] == "llama"
+    assert f"{text['windows']['perplexity']:.3f}" in out
+    assert str(llama_dir.parent) not in line
+
+
+def test_bf16_is_another_number_nearby(evaluate, text_file):
+    found = []
+    for compute in ("fp32", "bf16"):
+        _, out, _ = evaluate("--text", text_file, "--compute", compute)
+        found.append(json.loads(out.splitlines()[-1])["text"][0]["windows"]["loss"])
+    assert found[0] != found[1]
+    assert found[0] == pytest.approx(found[1], rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "nothing to evaluate on; give --text, --zero-shot or --tasks"),
+        (["--text", "TEXT", "--context", "65"], "context: 65 is more than the model's 64"),
+        (["--text", "TEXT", "--context", "1"], "context: 1 is out of range; it must be at least 2"),
+        (["--text", "TEXT", "--context", "32", "--stride", "33"], "stride: 33 would leave out"),
+        (["--text", "TINY", "--context", "32"], "has 9 tokens, less than one window of 32"),
+        (["--text", "TEXT", "--include-path", "absent"], "include_path: absent is no folder"),
+        (["--text", "TEXT", "--json", "absent/x.json"], "json: absent is no folder"),
+        (["--text", "TEXT", "--compute", "fp8"], "argument --compute: invalid choice: 'fp8'"),
+    ],
+)
+def test_refusals_are_one_line(evaluate, text_file, tmp_path, flags, message):
+    (tmp_path / "tiny.txt").write_text("too short")
+    places = {"TEXT": text_file, "TINY": tmp_path / "tiny.txt"}
+    status, out, err = evaluate(*(places.get(flag, flag) for flag in flags))
+    assert (status, out) == (2, "")
+    assert err.startswith("cast-train evaluate: error: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_no_checkpoint(capsys, tmp_path):
+    assert main(["evaluate", str(tmp_path), "--text", "x"]) == 2
+    assert "holds no config.json" in capsys.readouterr().err
+
+
+def test_numbers_that_json_lacks_are_null():
+    value = {"a": [float("inf"), 1.0], "b": {"c": float("nan"), "d": "x", "e": 3}}
+    assert finite(value) == {"a": [None, 1.0], "b": {"c": None, "d": "x", "e": 3}}
