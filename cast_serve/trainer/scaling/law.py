@@ -160,26 +160,27 @@ class _Problem:
 
     def grid(self) -> list[tuple[float, ...]]:
         """Starts: E from nearly none to nearly all of the least loss, and five exponents each."""
-        least = float(np.exp(self.log_loss.min()))
-        middle = float(np.exp(self.log_loss.mean()))
-        exponents = (0.1, 0.3, 0.5, 1.0, 2.0)
-        starts: list[tuple[float, ...]] = []
-        for share, beta in product((0.1, 0.5, 0.8, 0.95, 0.99), exponents):
-            e, rest = math.log(share * least), math.log(middle - share * least)
-            if self.log_size is None:
-                starts.append((e, rest, beta))
-            else:
-                half = rest - math.log(2)
-                starts += [(e, half, beta, half, alpha) for alpha in exponents]
-        return starts
+        shares, exponents = (0.1, 0.5, 0.8, 0.95, 0.99), (0.1, 0.3, 0.5, 1.0, 2.0)
+        alphas = (0.0,) if self.log_size is None else exponents
+        return [self._start(*each) for each in product(shares, exponents, alphas)]
 
     def near(self, law: Law) -> list[tuple[float, ...]]:
-        """Starts from the fit of all runs, and from one with a lower E."""
-        b = math.log(law.B) - law.beta * self.middle[0]
-        rest: tuple[float, ...] = (b, law.beta)
+        """Starts from the fit of all runs, and from one of the grid: from an E near 0, where
+        exp(e) is flat, there is no way back.
+        """
+        start = [math.log(law.E), math.log(law.B) - law.beta * self.middle[0], law.beta]
         if self.log_size is not None:
-            rest += (math.log(law.A) - law.alpha * self.middle[1], law.alpha)
-        return [(math.log(law.E) + shift, *rest) for shift in (0.0, -0.2)]
+            start += [math.log(law.A) - law.alpha * self.middle[1], law.alpha]
+        return [tuple(start), self._start(0.8, 0.5, 0.5)]
+
+    def _start(self, share: float, beta: float, alpha: float) -> tuple[float, ...]:
+        """Unknowns with E a share of the least loss, and the mean of log L met in the middle."""
+        floor = share * float(np.exp(self.log_loss.min()))
+        rest = math.log(float(np.exp(self.log_loss.mean())) - floor)
+        if self.log_size is None:
+            return math.log(floor), rest, beta
+        half = rest - math.log(2)
+        return math.log(floor), half, beta, half, alpha
 
     def best(self, starts: list[tuple[float, ...]]) -> _Array:
         """The unknowns of the lowest minimum that L-BFGS finds from `starts`."""

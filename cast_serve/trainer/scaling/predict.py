@@ -10,6 +10,10 @@ from cast_serve.trainer.scaling.law import EXPONENTS, Law, Run, bootstrap, fit, 
 
 # Below it a bootstrap has few different samples to draw, and its intervals are a rough guide.
 ENOUGH_RUNS = 6
+# Runs that differ in their seed alone differ by a few thousandths.
+LARGE_RESIDUAL = 0.03
+# E as a share of the least loss; the fit ends where it has no more effect.
+NO_FLOOR = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +50,46 @@ class Analysis:
     resampled: tuple[Law, ...]
     confidence: float
     prediction: Prediction | None
-    warnings: tuple[str, ...]
+
+    @property
+    def residual(self) -> float:
+        """Root mean square of log(loss / fitted loss), how far off the law the runs lie."""
+        squares = [
+            math.log(run.loss / self.law.loss(run.parameters, run.tokens)) ** 2 for run in self.runs
+        ]
+        return math.sqrt(sum(squares) / len(squares))
+
+    @property
+    def warnings(self) -> list[str]:
+        """What makes the answer less than it seems, a line each."""
+        runs, law, said = self.runs, self.law, []
+        if len(runs) < ENOUGH_RUNS:
+            said.append(
+                f"{len(runs)} runs: intervals of fewer than {ENOUGH_RUNS} are a rough guide at best"
+            )
+        if self.residual > LARGE_RESIDUAL:
+            said.append(
+                f"the runs lie {self.residual:.1%} off the law (root mean square): they do not "
+                "follow it, or differ in more than tokens and size"
+            )
+        if law.E / min(run.loss for run in runs) < NO_FLOOR:
+            said.append(
+                "the runs show no floor: E is not told from 0, so a prediction far out is too "
+                "hopeful"
+            )
+        for letter, value in {"beta": law.beta, **({"alpha": law.alpha} if law.A else {})}.items():
+            if any(math.isclose(value, end, rel_tol=1e-3) for end in EXPONENTS):
+                said.append(
+                    f"{letter} = {value:.3g} is at the end of what is searched: the runs do not "
+                    "determine it, because their loss hardly falls or their budgets are too close"
+                )
+        most, found = max(run.tokens for run in runs), self.prediction
+        if found and math.isfinite(found.tokens) and found.tokens > 10 * most:
+            said.append(
+                f"{found.tokens:.3g} tokens are {found.tokens / most:.0f} times the longest run: "
+                "an extrapolation that far is a guess"
+            )
+        return said
 
     def intervals(self) -> dict[str, tuple[float, float]]:
         """Of every constant of the law, by its letter."""
@@ -123,7 +166,6 @@ def analyse(
         resampled=tuple(resampled),
         confidence=confidence,
         prediction=prediction,
-        warnings=tuple(_warnings(runs, law, prediction)),
     )
 
 
@@ -136,6 +178,7 @@ def to_json(analysis: Analysis) -> dict[str, Any]:
         "intervals": {letter: list(ends) for letter, ends in analysis.intervals().items()},
         "confidence": analysis.confidence,
         "resamples": len(analysis.resampled),
+        "residual": analysis.residual,
         "runs": [
             {
                 "name": run.name,
@@ -147,7 +190,7 @@ def to_json(analysis: Analysis) -> dict[str, Any]:
             }
             for run in analysis.runs
         ],
-        "warnings": list(analysis.warnings),
+        "warnings": analysis.warnings,
     }
     if found is not None:
         result["target"] = {
@@ -161,27 +204,6 @@ def to_json(analysis: Analysis) -> dict[str, Any]:
             "reachable_share": found.reachable_share,
         }
     return result
-
-
-def _warnings(runs: Sequence[Run], law: Law, prediction: Prediction | None) -> list[str]:
-    said = []
-    if len(runs) < ENOUGH_RUNS:
-        said.append(
-            f"{len(runs)} runs: intervals of fewer than {ENOUGH_RUNS} are a rough guide at best"
-        )
-    for letter, value in {"beta": law.beta, **({"alpha": law.alpha} if law.A else {})}.items():
-        if any(math.isclose(value, end, rel_tol=1e-3) for end in EXPONENTS):
-            said.append(
-                f"{letter} = {value:.3g} is at the end of what is searched: the runs do not "
-                "determine the law, because their loss hardly falls or their budgets are too close"
-            )
-    most = max(run.tokens for run in runs)
-    if prediction and math.isfinite(prediction.tokens) and prediction.tokens > 10 * most:
-        said.append(
-            f"{prediction.tokens:.3g} tokens are {prediction.tokens / most:.0f} times the longest "
-            "run: an extrapolation that far is a guess"
-        )
-    return said
 
 
 def _finite(tokens: float) -> float | None:
