@@ -76,7 +76,14 @@ class CastConfig(QuantizationConfig):
         Raises:
             CheckpointError: a format, version or sparsity that is not served.
         """
-        return cls(recognise({"quantization_config": config}, Path(CONFIG)))
+        scheme = recognise({"quantization_config": config}, Path(CONFIG))
+        if scheme.format.quantized is not None:
+            logger.warning(
+                "%s is dequantized while loading and takes the memory of 16-bit 2:4: "
+                "there is no kernel for 8-bit values yet",
+                scheme.format,
+            )
+        return cls(scheme)
 
     @classmethod
     def override_quantization_method(  # type: ignore[override]

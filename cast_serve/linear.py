@@ -41,6 +41,7 @@ from cast_serve.kernels.weight import SparseWeight, build
 from cast_serve.model_loaders.checkpoint import Checkpoint
 from cast_serve.model_loaders.formats import Format
 from cast_serve.model_loaders.layers import find_layers
+from cast_serve.model_loaders.rounding import dequantize_rows
 from cast_serve.model_loaders.stream import load_linear, prune_fold_pack
 
 logger = init_logger(__name__)
@@ -51,8 +52,12 @@ PartId = str | int | tuple[int, ...] | None
 _QKV = {"q": 0, "k": 1, "v": 2}
 
 # The names of a part's tensors on disk; those without a dtype have the model's.
-_INLETS = ("weight", "cast_scale", "compressed", "bitmask", "shape")
-_INLET_DTYPES = {"cast_scale": torch.float32, "bitmask": torch.uint8, "shape": torch.int64}
+_INLETS = ("weight", "cast_scale", "compressed", "bitmask", "shape", "weight_scale")
+_INLET_DTYPES = {
+    **dict.fromkeys(("cast_scale", "weight_scale"), torch.float32),
+    "bitmask": torch.uint8,
+    "shape": torch.int64,
+}
 
 # Columns 0 and 1 of every group: a bitmask of parts that have not been read.
 _ANY_TWO = 0b0011_0011
@@ -224,7 +229,8 @@ class CastLinearMethod(LinearMethodBase):
         waiting = self.waiting.setdefault(part_id, {})
         waiting[inlet] = tensor
         if "compressed" in waiting:
-            whole = "bitmask" in waiting
+            quantized = self.config.scheme.format.quantized is not None
+            whole = "bitmask" in waiting and ("weight_scale" in waiting or not quantized)
         elif self._is_declared_sparse(part_id, Format.TRAINING):
             whole = "weight" in waiting and "cast_scale" in waiting
         else:
@@ -253,6 +259,8 @@ class CastLinearMethod(LinearMethodBase):
         stored = self.config.scheme.format
         if "compressed" in part:
             packed = part["compressed"], part["bitmask"]
+            if stored.quantized:
+                packed = self._dequantized(part, part_id), part["bitmask"]
             # Else it is checked with the whole layer, once this rank's piece is on its device.
             if not self.sparse:
                 self._check(*packed, part_id)
@@ -271,6 +279,13 @@ class CastLinearMethod(LinearMethodBase):
             if stored is not Format.PLAIN:
                 self._refuse(part_id, str(error))
             return None
+
+    def _dequantized(self, part: dict[str, torch.Tensor], part_id: PartId) -> torch.Tensor:
+        """Values [N, K/2] of a part that is stored in 8 bits, in the model's dtype."""
+        scale = part["weight_scale"].to(self.device)
+        if not (scale.isfinite() & (scale > 0)).all():
+            self._refuse(part_id, "a scale is not finite and above 0")
+        return dequantize_rows(part["compressed"].to(self.device), scale, self.dtype)
 
     def _become_dense(self, part_id: PartId) -> None:
         """A part turned out dense: unpack what has been loaded of the others."""

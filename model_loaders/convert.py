@@ -1,4 +1,4 @@
-"""Convert any format that is read to the two that are written: packed and dense-stored 2:4.
+"""Convert any format that is read to those that are written: packed and dense-stored 2:4.
 
 The dense form keeps `quantization_config` too: transformers warns about a quant_method that it
 does not know and loads the weights as they are, while vLLM then finds the plugin.
@@ -17,14 +17,17 @@ from cast_serve.model_loaders.formats import Format
 from cast_serve.model_loaders.layers import (
     BITMASK,
     MOE_EXPERT,
+    ROW_SCALE,
     SHAPE,
     VALUES,
     WEIGHT,
     WEIGHT_DTYPES,
+    declared_dtype,
     dtype_name,
     find_layers,
     is_transposed,
 )
+from cast_serve.model_loaders.rounding import quantize_rows
 from cast_serve.model_loaders.stream import NOT_SPARSE, PackedLinear, stream
 from cast_serve.model_loaders.write import (
     MAX_SHARD_BYTES,
@@ -36,7 +39,7 @@ from cast_serve.model_loaders.write import (
     write_json,
 )
 
-WRITTEN = ("packed", "dense")
+WRITTEN = (Format.PACKED, Format.DENSE, Format.PACKED_FP8, Format.PACKED_INT8)
 
 
 def convert(
@@ -45,7 +48,7 @@ def convert(
     *,
     to: str,
     dtype: torch.dtype | None = None,
-    provenance: dict[str, Any] | None = None,
+    provenance: dict[str, Any] | Callable[[Path], dict[str, Any]] | None = None,
     progress: Callable[[int, int], None] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
@@ -55,10 +58,11 @@ def convert(
     all; `source` is only read.
 
     Args:
-        to: "packed" or "dense".
+        to: "packed", "dense", "packed-fp8" or "packed-int8".
         dtype: bfloat16, float16 or float32 that floating weights are cast to, after pruning and
             folding; None keeps what is stored.
-        provenance: written to cast.json; without it a cast.json of the source is kept.
+        provenance: written to cast.json, or what makes that of the otherwise complete folder;
+            without it a cast.json of the source is kept.
         progress: called with (bytes read, bytes in all) after each tensor.
 
     Raises:
@@ -76,12 +80,17 @@ def convert(
     total = sum(entry.nbytes for entry in checkpoint.entries.values())
     done, packed = 0, 0
     dense: dict[str, str] = {}
+    stored = Format(to)
+    declared = dtype
     with new_folder(output, source=source) as folder:
         writer = ShardWriter(folder, max_shard_bytes=max_shard_bytes)
         for item in stream(checkpoint, layers=layers, dtype=dtype):
             if isinstance(item, PackedLinear):
                 packed += 1
-                _add_linear(writer, item, to, checkpoint.config.get("model_type"))
+                # A reader of 8-bit values dequantizes to what config.json says.
+                if stored.quantized and not declared_dtype(checkpoint.config):
+                    declared = declared or item.values.dtype
+                add_linear(writer, item, stored, checkpoint.config.get("model_type"))
                 done += stored_bytes[item.name]
             else:
                 writer.add(item.name, item.tensor)
@@ -94,15 +103,23 @@ def convert(
             raise _nothing_sparse(checkpoint, dense)
         writer.finish()
         copy_other_files(source, folder)
-        write_config(folder, checkpoint, stored=Format(to), ignore=list(dense), dtype=dtype)
+        write_config(folder, checkpoint, stored=stored, ignore=list(dense), dtype=declared)
         if provenance is not None:
-            write_json(folder / PROVENANCE, provenance)
+            record = provenance(folder) if callable(provenance) else provenance
+            write_json(folder / PROVENANCE, record)
 
 
-def _add_linear(writer: ShardWriter, linear: PackedLinear, to: str, model_type: object) -> None:
-    if to == "packed":
+def add_linear(
+    writer: ShardWriter, linear: PackedLinear, stored: Format, model_type: object
+) -> None:
+    """Add a linear to what `writer` writes in format `stored`; 8-bit values are rounded here."""
+    if stored.stored_packed:
         rows, columns = linear.values.shape[0], linear.values.shape[1] * 2
-        writer.add(linear.name + VALUES, linear.values)
+        values = linear.values
+        if stored.quantized:
+            values, scale = quantize_rows(values, stored.quantized)
+            writer.add(linear.name + ROW_SCALE, scale)
+        writer.add(linear.name + VALUES, values)
         writer.add(linear.name + BITMASK, linear.bitmask)
         writer.add(linear.name + SHAPE, torch.tensor([[rows], [columns]]))
         return

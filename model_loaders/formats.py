@@ -6,6 +6,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cast_serve.model_loaders.errors import CheckpointError
 
 QUANT_METHOD = "cast"
@@ -18,6 +20,8 @@ class Format(StrEnum):
     """How the sparse linears are stored."""
 
     PACKED = "packed"
+    PACKED_FP8 = "packed-fp8"
+    PACKED_INT8 = "packed-int8"
     DENSE = "dense"
     TRAINING = "training"
     CT_BITMASK = "compressed-tensors sparse-24-bitmask"
@@ -27,10 +31,18 @@ class Format(StrEnum):
 
     @property
     def stored_packed(self) -> bool:
-        return self in (Format.PACKED, Format.CT_BITMASK)
+        return self in (Format.PACKED, Format.CT_BITMASK) or self.quantized is not None
+
+    @property
+    def quantized(self) -> torch.dtype | None:
+        """dtype of 8-bit values that have a scale per output channel; None: values are weights."""
+        return _QUANTIZED.get(self)
 
 
-_OURS = {str(format_): format_ for format_ in (Format.PACKED, Format.DENSE, Format.TRAINING)}
+_QUANTIZED = {Format.PACKED_FP8: torch.float8_e4m3fn, Format.PACKED_INT8: torch.int8}
+_OURS = {
+    str(format_): format_ for format_ in (Format.PACKED, Format.DENSE, Format.TRAINING, *_QUANTIZED)
+}
 _SPARSITY_FORMATS = {"sparse-24-bitmask": Format.CT_BITMASK, "dense": Format.CT_DENSE}
 
 

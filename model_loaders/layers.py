@@ -3,12 +3,14 @@
 Shapes   A linear X maps K inputs to N outputs.
          dense     X.weight [N, K]  (GPT-2's Conv1D: [K, N])
          packed    X.compressed [N, K/2], X.bitmask uint8 [N, K/8], X.shape int64 [2] or [2, 1]
+         8-bit     packed, and X.weight_scale fp32 [N, 1]
          training  X.weight and X.cast_scale [N, n], K % n == 0
 """
 
 import math
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -21,6 +23,7 @@ from cast_serve.model_loaders.header import TensorEntry
 
 WEIGHT, BIAS = ".weight", ".bias"
 VALUES, BITMASK, SHAPE, SCALE = ".compressed", ".bitmask", ".shape", ".cast_scale"
+ROW_SCALE = ".weight_scale"
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 _LAYER_NUMBER = re.compile(r"(?:^|\.)\d+\.")
@@ -39,6 +42,7 @@ class LinearEntry:
         name: module name, without `.weight`.
         sparse: claimed to be 2:4; what is stored dense has not been looked at yet.
         shape: (N, K), outputs and inputs, whatever the orientation on disk.
+        dtype: of the weight; of 8-bit values, what they are dequantized to.
         tensors: the tensors that hold it, the weight or values first.
         transposed: a dense weight is [K, N] on disk.
         why_dense: why it is not sparse; None where it is.
@@ -136,19 +140,23 @@ class _Finder:
             raise checkpoint.error(
                 module + WEIGHT, f"is stored dense and as {values.name} too; keep one"
             )
-        if self.scheme.format is Format.PACKED and (why := self.scheme.why_left_out(module)):
+        declared = self.scheme.format is not Format.CT_BITMASK
+        if declared and (why := self.scheme.why_left_out(module)):
             raise checkpoint.error(
                 values.name, f"is packed, but config.json leaves {module} dense ({why})"
             )
         if len(values.shape) != 2:
             raise checkpoint.error(values.name, f"shape {list(values.shape)} is not [N, K/2]")
         shape = (values.shape[0], values.shape[1] * 2)
-        self._check_packable(values, shape)
+        quantized = self.scheme.format.quantized
+        self._check_packable(values, shape, (quantized,) if quantized else WEIGHT_DTYPES)
         rows, columns = shape
         expected = {
             BITMASK: (torch.uint8, [[rows, columns // COLUMNS_PER_BYTE]]),
             SHAPE: (torch.int64, [[2], [2, 1]]),
         }
+        if quantized:
+            expected[ROW_SCALE] = (torch.float32, [[rows, 1]])
         for suffix, (dtype, shapes) in expected.items():
             part = self._get(module + suffix)
             if part is None:
@@ -166,7 +174,18 @@ class _Finder:
                     f"shape {list(part.shape)} does not fit {values.name} "
                     f"{list(values.shape)}; expected {' or '.join(map(str, shapes))}",
                 )
-        return self._entry(module, values, shape, (VALUES, BITMASK, SHAPE))
+        dtype = self._dequantized_dtype() if quantized else values.dtype
+        return self._entry(module, values, shape, (VALUES, *expected), dtype=dtype)
+
+    def _dequantized_dtype(self) -> torch.dtype:
+        dtype = declared_dtype(self.checkpoint.config)
+        if dtype is None:
+            raise CheckpointError(
+                self.checkpoint.path / CONFIG,
+                f"says no dtype to dequantize {self.scheme.format} to; set its dtype to one of "
+                f"{', '.join(map(dtype_name, WEIGHT_DTYPES))}",
+            )
+        return dtype
 
     def _dense(self, module: str, weight: TensorEntry) -> LinearEntry:
         transposed = is_transposed(self.checkpoint.config.get("model_type"), module)
@@ -202,7 +221,7 @@ class _Finder:
             return why
         if self.scheme.format is Format.CT_BITMASK:
             return "stored dense"
-        if self.scheme.format is Format.PACKED:
+        if self.scheme.format.stored_packed:
             raise self.checkpoint.error(
                 weight.name,
                 f"is stored dense, but config.json does not ignore it; "
@@ -215,12 +234,18 @@ class _Finder:
             return f"dtype {dtype_name(weight.dtype)}"
         return f"K={shape[1]} is not a multiple of 8" if shape[1] % COLUMNS_PER_BYTE else None
 
-    def _check_packable(self, entry: TensorEntry, shape: tuple[int, ...]) -> None:
-        if entry.dtype not in WEIGHT_DTYPES:
+    def _check_packable(
+        self,
+        entry: TensorEntry,
+        shape: tuple[int, ...],
+        dtypes: tuple[torch.dtype, ...] = WEIGHT_DTYPES,
+    ) -> None:
+        if entry.dtype not in dtypes:
+            known = ", ".join(map(dtype_name, dtypes))
             raise self.checkpoint.error(
                 entry.name,
-                f"dtype {dtype_name(entry.dtype)} of a 2:4 linear is not one of "
-                f"{', '.join(map(dtype_name, WEIGHT_DTYPES))}",
+                f"dtype {dtype_name(entry.dtype)} of a 2:4 linear is not "
+                f"{'one of ' if dtypes[1:] else ''}{known}",
             )
         try:
             check_shape(shape)
@@ -252,13 +277,14 @@ class _Finder:
         *,
         transposed: bool = False,
         why: str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> LinearEntry:
         tensors = tuple(module + suffix for suffix in suffixes)
         return LinearEntry(
             name=module,
             sparse=why is None,
             shape=(shape[0], shape[1]),
-            dtype=main.dtype,
+            dtype=dtype or main.dtype,
             tensors=tensors,
             stored_bytes=sum(self.checkpoint.entries[name].nbytes for name in tensors),
             transposed=transposed,
@@ -272,7 +298,10 @@ class _Finder:
     def check_other(self, name: str) -> None:
         """Raise if `name` is a part of a linear whose main tensor is missing."""
         entry = self.checkpoint.entries[name]
-        for suffix, main in ((BITMASK, VALUES), (SCALE, WEIGHT)):
+        parts = [(BITMASK, VALUES), (SCALE, WEIGHT)]
+        if self.scheme.format.quantized:
+            parts.append((ROW_SCALE, VALUES))
+        for suffix, main in parts:
             if name.endswith(suffix):
                 missing = name.removesuffix(suffix) + main
                 raise self.checkpoint.error(name, f"has no {missing}; the checkpoint is incomplete")
@@ -289,6 +318,17 @@ class _Finder:
             raise self.checkpoint.error(
                 name, f"has neither {module}{WEIGHT} nor {module}{VALUES}; incomplete checkpoint"
             )
+
+
+def declared_dtype(config: dict[str, Any]) -> torch.dtype | None:
+    """The dtype of weights that a config.json names, None if it names none."""
+    text = config.get("text_config")
+    for holder in (config, text if isinstance(text, dict) else {}):
+        for key in ("dtype", "torch_dtype"):
+            for dtype in WEIGHT_DTYPES:
+                if holder.get(key) == dtype_name(dtype):
+                    return dtype
+    return None
 
 
 def dtype_name(dtype: torch.dtype) -> str:

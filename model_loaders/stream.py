@@ -16,6 +16,7 @@ from cast_serve.model_loaders.checkpoint import Checkpoint
 from cast_serve.model_loaders.finite import dense_column, first_nonfinite, require_finite
 from cast_serve.model_loaders.formats import Format
 from cast_serve.model_loaders.layers import (
+    ROW_SCALE,
     SCALE,
     WEIGHT_DTYPES,
     Layers,
@@ -25,6 +26,7 @@ from cast_serve.model_loaders.layers import (
     main_error,
 )
 from cast_serve.model_loaders.memory import empty
+from cast_serve.model_loaders.rounding import dequantize_rows
 
 # Rows go through in blocks, as packing takes about 20 bytes an entry and sorting for a mask 30.
 # Small ones: temporaries of 1 << 18 and up fragment the heap (20 to 40 MB), and are no faster.
@@ -97,7 +99,8 @@ def load_linear(
 ) -> PackedLinear | DenseTensor:
     """One sparse linear, packed; dense only if it is not 2:4 and nothing declared it to be."""
     if stored.stored_packed:
-        values, bitmask = _read_packed(checkpoint, linear)
+        bitmask = _read_good_bitmask(checkpoint, linear)
+        values = read_values(checkpoint, linear, bitmask, dtype=dtype)
     else:
         weight = read_weight(checkpoint, linear)
         try:
@@ -132,14 +135,14 @@ def read_weight(checkpoint: Checkpoint, linear: LinearEntry) -> torch.Tensor:
 
 def read_bitmask(checkpoint: Checkpoint, linear: LinearEntry) -> torch.Tensor:
     """The bitmask [N, K/8] of a packed `linear`; CheckpointError if X.shape says another shape."""
-    _, bitmask, shape = linear.tensors
+    _, bitmask, shape, *_ = linear.tensors
     said = checkpoint.read(shape).flatten().tolist()
     if said != list(linear.shape):
         raise checkpoint.error(shape, f"says {said}, but the values make {list(linear.shape)}")
     return checkpoint.read(bitmask)
 
 
-def _read_packed(checkpoint: Checkpoint, linear: LinearEntry) -> tuple[torch.Tensor, torch.Tensor]:
+def _read_good_bitmask(checkpoint: Checkpoint, linear: LinearEntry) -> torch.Tensor:
     bitmask = read_bitmask(checkpoint, linear)
     report = check_mask(bitmask, limit=1)
     if not report.ok:
@@ -148,11 +151,21 @@ def _read_packed(checkpoint: Checkpoint, linear: LinearEntry) -> tuple[torch.Ten
             f"{report.faulty} of {report.groups} groups do not keep exactly two columns, "
             f"the first at {report.first[0]}; the file is damaged",
         )
-    return read_values(checkpoint, linear, bitmask), bitmask
+    return bitmask
 
 
-def read_values(checkpoint: Checkpoint, linear: LinearEntry, bitmask: torch.Tensor) -> torch.Tensor:
-    """The finite values [N, K/2] of a packed `linear`, -0.0 made +0.0; bitmask [N, K/8]."""
+def read_values(
+    checkpoint: Checkpoint,
+    linear: LinearEntry,
+    bitmask: torch.Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """The finite values [N, K/2] of a packed `linear`, -0.0 made +0.0; bitmask [N, K/8].
+
+    8-bit values are dequantized in fp32 and rounded once, to `dtype` or the linear's own; others
+    come as they are stored.
+    """
     values = checkpoint.read(linear.tensors[0])
     if found := first_nonfinite(values):
         (row, slot), value = found
@@ -162,7 +175,28 @@ def read_values(checkpoint: Checkpoint, linear: LinearEntry, bitmask: torch.Tens
             linear,
             f"{value} at row {row}, column {column}; weights must be finite",
         )
+    if linear.name + ROW_SCALE in linear.tensors:
+        scale = _read_row_scale(checkpoint, linear)
+        values = dequantize_rows(values, scale, dtype or linear.dtype)
+        if first_nonfinite(values):
+            raise checkpoint.error(
+                linear.name + ROW_SCALE,
+                f"overflows {dtype_name(values.dtype)} times its values; choose a wider dtype",
+            )
     return values.masked_fill_(values == 0, 0)
+
+
+def _read_row_scale(checkpoint: Checkpoint, linear: LinearEntry) -> torch.Tensor:
+    """The scales [N, 1] of 8-bit values, each finite and above zero."""
+    name = linear.name + ROW_SCALE
+    scale = checkpoint.read(name)
+    bad = ~(scale.isfinite() & (scale > 0)).flatten()
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise checkpoint.error(
+            name, f"{scale[row].item():g} at row {row}; scales must be finite and above 0"
+        )
+    return scale
 
 
 def _fold(

@@ -118,6 +118,49 @@ def prune(
     typer.echo(f"Pruned to {pattern.value} by {method.value}: {output}")
 
 
+@app.command()
+def quantize(
+    source: Source,
+    output: Output,
+    fp8: Annotated[bool, typer.Option("--fp8", help="Values as float8 e4m3.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Values as int8.")] = False,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(help="Measure the perplexity of this text before and after; repeatable."),
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(min=2, help="Tokens per window; default: 1024 or the model's.")
+    ] = None,
+) -> None:
+    """Write 8-bit values with a scale per output channel: 5/16 of the bytes of sparse layers.
+
+    Sparse layers only; there is no kernel for 8-bit values yet, so they are dequantized on loading.
+    """
+    if fp8 == int8:
+        raise typer.BadParameter("give one of --fp8 and --int8")
+    if context is not None and not text:
+        raise typer.BadParameter("--context is of the windows of --text; give that too")
+    with _one_line_errors():
+        from cast_serve.cli import tables
+        from cast_serve.cli.perplexity import measure_on
+        from cast_serve.model_loaders.checkpoint import Checkpoint
+        from cast_serve.model_loaders.quantize import quantize as quantize_checkpoint
+        from cast_serve.model_loaders.summary import summarise
+
+        measure = measure_on(tuple(text), context) if text else None
+        with _progress("Quantizing") as report:
+            record = quantize_checkpoint(
+                source, output, to="fp8" if fp8 else "int8", measure=measure, progress=report
+            )
+        before, after = (summarise(Checkpoint.open(folder)) for folder in (source, output))
+    typer.echo(tables.conversion_line(before, after))
+    if text:
+        typer.echo(
+            f"perplexity {record['before']['perplexity']:.3f} -> "
+            f"{record['after']['perplexity']:.3f} ({record['before']['tokens']} tokens)"
+        )
+
+
 @app.command(name="import")
 def import_(
     source: Annotated[

@@ -67,6 +67,8 @@ def _table(summary: Summary, quantization: str | None, outlook: str) -> Table:
     if not summary.needs_flag:
         rows.add_row("layers", f"{sparse} sparse, {dense} dense")
         rows.add_row("weights", _bytes(summary.loaded_bytes, summary.dense_bytes))
+        if summary.format.quantized is not None:
+            outlook = f"dequantized while loading; {outlook}"
         rows.add_row("sparse layers", outlook)
     elif quantization == QUANT_METHOD:
         rows.add_row("layers", f"{sparse} sparse if their weights are 2:4, {dense} dense")

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from cast_serve.model_loaders.convert import convert
+from cast_serve.model_loaders.quantize import quantize
 
 pytestmark = pytest.mark.engine
 
@@ -66,6 +67,15 @@ def test_training(engine, stored, tmp_path):
     convert(tmp_path / "training", tmp_path / "folded", to="dense")
     folded = engine(tmp_path / "folded", quantization=None)
     engine(tmp_path / "training").assert_equals(folded)
+
+
+@pytest.mark.parametrize(("architecture", "to"), [("llama", "fp8"), ("gpt2", "int8")])
+def test_quantized(engine, stored, tmp_path, architecture, to):
+    """Dequantized while loading: as stock vLLM on what `unpack` makes of it."""
+    quantize(stored(architecture), tmp_path / "quantized", to=to)
+    convert(tmp_path / "quantized", tmp_path / "dense", to="dense")
+    dense = engine(tmp_path / "dense", quantization=None)
+    engine(tmp_path / "quantized").assert_equals(dense)
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "mistral", "opt", "gpt2"])

@@ -1,0 +1,272 @@
+"""Files to token sequences with labels: plain text, completions or conversations.
+
+.txt .text .md, or .jsonl with "text"   as in training: blocks of `context`, loss on every token
+.jsonl with "prompt" and "completion"   loss on the completion and the EOS after it
+.jsonl with "messages"                  the tokenizer's chat template; loss on what follows the
+                                        generation prompt of every assistant turn
++ .xz                                   each, compressed
+"""
+
+import hashlib
+import json
+import lzma
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from cast_serve.trainer.data import BlockStream, load_corpus
+from cast_serve.trainer.distill import IGNORED
+from cast_serve.trainer.errors import RunError
+
+# Pieces of one sequence in order; the loss is taken on those marked True.
+Pieces = list[tuple[str, bool]]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Example:
+    """input_ids and labels, int64 [tokens]; a label is its token or -100, and the first is -100."""
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """What is trained and evaluated on.
+
+    Attributes:
+        kind: "text", "prompt" or "messages".
+        cut: examples that lost their end because they are longer than the context.
+        dropped: examples whose every label was cut off.
+        evaluated_on: "held-out", "eval_data" or "training sample".
+    """
+
+    train: list[Example]
+    evaluation: list[Example]
+    kind: str
+    cut: int
+    dropped: int
+    evaluated_on: str
+    sha256: str
+
+
+class ExampleStream(Dataset[Example]):
+    """The examples of a whole run, each epoch in the permutation that BlockStream gives it."""
+
+    def __init__(self, examples: list[Example], *, length: int, seed: int) -> None:
+        self._examples = examples
+        self._order = BlockStream(torch.arange(len(examples))[:, None], length=length, seed=seed)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, index: int) -> Example:
+        return self._examples[int(self._order[index]["input_ids"])]
+
+
+def pad(examples: list[Example]) -> dict[str, torch.Tensor]:
+    """input_ids and labels int64 [batch, longest], padded on the right.
+
+    The padding needs no attention mask: nothing before it sees it, and nothing is asked of it.
+    """
+    return {
+        "input_ids": torch.nn.utils.rnn.pad_sequence([e.input_ids for e in examples], True, 0),
+        "labels": torch.nn.utils.rnn.pad_sequence([e.labels for e in examples], True, IGNORED),
+    }
+
+
+def load_examples(
+    files: tuple[Path, ...],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    context: int,
+    held_out: float,
+    eval_files: tuple[Path, ...] = (),
+) -> Examples:
+    """Read and tokenise; without `eval_files` every (1/held_out)-th example is held out.
+
+    Raises:
+        RunError: a file or line is at fault, files are of several kinds, no template for
+            "messages", or nothing is left to train on.
+    """
+    kinds = {path: _kind(path) for path in (*files, *eval_files)}
+    for path, kind in kinds.items():
+        if kind != kinds[files[0]]:
+            raise RunError(
+                f"{path}: holds {kind}, but {files[0]} holds {kinds[files[0]]}; give one kind"
+            )
+    if kinds[files[0]] == "text":
+        corpus = load_corpus(
+            files, tokenizer, context=context, held_out=held_out, eval_files=eval_files
+        )
+        return Examples(
+            train=[_whole(block) for block in corpus.train],
+            evaluation=[_whole(block) for block in corpus.evaluation],
+            kind="text",
+            cut=0,
+            dropped=0,
+            evaluated_on=corpus.evaluated_on,
+            sha256=corpus.sha256,
+        )
+    train, cut, dropped = _tokenise(files, tokenizer, context)
+    evaluated_on = "training sample"
+    evaluation = train[:16]
+    if eval_files:
+        evaluation, *_ = _tokenise(eval_files, tokenizer, context)
+        evaluated_on = "eval_data"
+    elif held_out > 0 and len(train) > 1:
+        every = max(2, round(1 / held_out))
+        # Of fewer than `every` there is still one.
+        chosen = set(range(every - 1, len(train), every)) or {len(train) - 1}
+        evaluation = [train[place] for place in sorted(chosen)]
+        train = [each for place, each in enumerate(train) if place not in chosen]
+        evaluated_on = "held-out"
+    digest = hashlib.sha256()
+    for example in train:
+        digest.update(torch.stack((example.input_ids, example.labels)).numpy().tobytes())
+    return Examples(
+        train=train,
+        evaluation=evaluation,
+        kind=kinds[files[0]],
+        cut=cut,
+        dropped=dropped,
+        evaluated_on=evaluated_on,
+        sha256=digest.hexdigest(),
+    )
+
+
+def _whole(block: torch.Tensor) -> Example:
+    ids = block.long()
+    labels = ids.clone()
+    labels[0] = IGNORED
+    return Example(input_ids=ids, labels=labels)
+
+
+def _tokenise(
+    files: tuple[Path, ...], tokenizer: PreTrainedTokenizerBase, context: int
+) -> tuple[list[Example], int, int]:
+    """Examples that keep a label, how many lost their end, and how many were dropped for it."""
+    examples, cut, dropped = [], 0, 0
+    for path in files:
+        for where, row in _rows(path):
+            pieces, first_has_special_tokens = _pieces(where, row, tokenizer)
+            ids: list[int] = []
+            labels: list[int] = []
+            for place, (text, learned) in enumerate(pieces):
+                special = place == 0 and first_has_special_tokens
+                part = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+                ids += part
+                labels += part if learned else [IGNORED] * len(part)
+            if first_has_special_tokens:
+                ids.append(tokenizer.eos_token_id)
+                labels.append(tokenizer.eos_token_id)
+            labels[0] = IGNORED
+            cut += len(ids) > context
+            example = Example(
+                input_ids=torch.tensor(ids[:context]), labels=torch.tensor(labels[:context])
+            )
+            if (example.labels != IGNORED).any():
+                examples.append(example)
+            else:
+                dropped += 1
+    if not examples:
+        raise RunError(
+            f"data: no example keeps a token to learn within context={context}; raise context"
+        )
+    return examples, cut, dropped
+
+
+def _pieces(where: str, row: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[Pieces, bool]:
+    """The pieces of a row, and whether the tokenizer adds its special tokens to the first.
+
+    A prompt is tokenised as a server does it; a chat template writes special tokens itself.
+    """
+    if "messages" in row:
+        return _turns(where, row["messages"], tokenizer), False
+    if tokenizer.eos_token_id is None:
+        raise RunError("model: its tokenizer has no EOS token to end completions; set eos_token")
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if not isinstance(prompt, str) or not isinstance(completion, str) or not completion:
+        raise RunError(f'{where}: needs strings under "prompt" and "completion"')
+    return [(prompt, False), (completion, True)], True
+
+
+def _turns(where: str, messages: Any, tokenizer: PreTrainedTokenizerBase) -> Pieces:
+    """A conversation as the chat template writes it, cut where assistant turns begin and end."""
+    if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
+        raise RunError(f'{where}: "messages" is no list of objects')
+    if tokenizer.chat_template is None:
+        raise RunError("model: its tokenizer has no chat template for messages; add one")
+    learned = [place for place, each in enumerate(messages) if each.get("role") == "assistant"]
+    if not learned:
+        raise RunError(f"{where}: has no assistant turn to learn")
+
+    def write(count: int, *, prompt: bool) -> str:
+        try:
+            text = tokenizer.apply_chat_template(
+                messages[:count], tokenize=False, add_generation_prompt=prompt
+            )
+        # jinja2 raises what templates ask it to, and what goes wrong in them.
+        except Exception as error:
+            raise RunError(f"{where}: the chat template refuses it: {error}") from error
+        assert isinstance(text, str)
+        return text
+
+    whole = write(learned[-1] + 1, prompt=False)
+    pieces: Pieces = []
+    done = 0
+    for place in learned:
+        before, after = write(place, prompt=True), write(place + 1, prompt=False)
+        if not (whole.startswith(before) and whole.startswith(after)) or len(before) < done:
+            raise RunError(
+                f"{where}: the chat template writes turn {place + 1} another way when others "
+                "follow; give conversations that end with their one assistant turn"
+            )
+        pieces += [(whole[done : len(before)], False), (whole[len(before) : len(after)], True)]
+        done = len(after)
+    return [piece for piece in pieces if piece[0]]
+
+
+def _kind(path: Path) -> str:
+    """ "text", "prompt" or "messages", by the name of the file and the keys of its first line."""
+    suffix = Path(path.stem).suffix if path.suffix == ".xz" else path.suffix
+    if suffix != ".jsonl":
+        return "text"
+    where, row = next(_rows(path), (None, None))
+    if row is None:
+        raise RunError(f"{path}: holds no lines")
+    known = ("messages", "prompt", "text")
+    found = next((key for key in known if key in row), None)
+    if found is None:
+        raise RunError(f"{where}: has none of the keys {', '.join(known)}")
+    return found
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file and line for errors, object) of a .jsonl."""
+    opener = lzma.open if path.suffix == ".xz" else open
+    try:
+        # newline: U+2028 and its like are legal inside a JSON string.
+        with opener(path, "rt", encoding="utf-8", newline="\n") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                where = f"{path}: line {number}"
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise RunError(f"{where} is not JSON: {error.msg}") from error
+                if not isinstance(row, dict):
+                    raise RunError(f"{where} is no JSON object")
+                yield where, row
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read: {error.strerror}") from error
+    except lzma.LZMAError as error:
+        raise RunError(f"{path}: is not a whole xz file: {error}") from error
+    except UnicodeDecodeError as error:
+        raise RunError(f"{path}: is not UTF-8; convert it") from error

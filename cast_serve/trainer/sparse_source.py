@@ -1,0 +1,131 @@
+"""A 2:4 checkpoint of any form that is read, as a transformers model with its masks."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from cast_serve.kernels.packing import unpack
+from cast_serve.model_loaders.checkpoint import Checkpoint
+from cast_serve.model_loaders.layers import is_transposed
+from cast_serve.model_loaders.rewrite import kept_slots
+from cast_serve.model_loaders.stream import PackedLinear, stream
+from cast_serve.trainer.errors import RunError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseSource:
+    """A loaded 2:4 checkpoint.
+
+    Attributes:
+        model: fp32 weights, whatever the files hold; pruned entries are zero.
+        masks: by module name in the model, the slots that the pattern keeps, bool in the layout
+            of the weight. A kept weight may be zero: the mask is the stored bitmask, not `!= 0`.
+        names: of every tensor in the checkpoint that the model has, its parameter or buffer.
+        dtype: of the sparse linears in the files (of 8-bit ones: what they are dequantized to).
+    """
+
+    folder: Path
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    masks: dict[str, torch.Tensor]
+    names: dict[str, str]
+    dtype: torch.dtype
+
+    def sparse_modules(self) -> list[tuple[nn.Module, torch.Tensor]]:
+        """(module, mask) of every sparse linear."""
+        return [(self.model.get_submodule(name), mask) for name, mask in self.masks.items()]
+
+
+def load_sparse(folder: Path) -> SparseSource:
+    """Load a local 2:4 checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint is bad.
+        RunError: nothing in it is 2:4, or transformers cannot make the model of it.
+    """
+    checkpoint = Checkpoint.open(folder)
+    weights: dict[str, torch.Tensor] = {}
+    bitmasks: dict[str, torch.Tensor] = {}
+    dtypes: list[torch.dtype] = []
+    for item in stream(checkpoint):
+        if isinstance(item, PackedLinear):
+            transposed = is_transposed(checkpoint.config.get("model_type"), item.name)
+            kept = kept_slots(item)
+            weight = unpack(item.values, item.bitmask)
+            bitmasks[item.name] = kept.t() if transposed else kept
+            weights[f"{item.name}.weight"] = weight.t() if transposed else weight
+            dtypes.append(item.values.dtype)
+        else:
+            weights[item.name] = item.tensor
+    if not bitmasks:
+        raise RunError(
+            f"model: {folder} has no 2:4 layer; prune it first: cast-train or `cast-model prune`"
+        )
+    model, tokenizer = _build(folder, weights)
+    names = _match(folder, model, weights)
+    masks = {
+        names[f"{name}.weight"].removesuffix(".weight"): kept for name, kept in bitmasks.items()
+    }
+    return SparseSource(
+        folder=folder,
+        model=model.float(),
+        tokenizer=tokenizer,
+        masks=masks,
+        names=names,
+        dtype=dtypes[0],
+    )
+
+
+def _build(
+    folder: Path, weights: dict[str, torch.Tensor]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        # The weights are dense by now; transformers knows no quant_method "cast".
+        for holder in (config, config.get_text_config()):
+            if hasattr(holder, "quantization_config"):
+                del holder.quantization_config
+        # Only a class can be given weights in place of a folder.
+        with torch.device("meta"):
+            kind: Any = type(AutoModelForCausalLM.from_config(config))
+        model, loading = kind.from_pretrained(
+            None, config=config, state_dict=weights, dtype=torch.float32, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise RunError(f"model: cannot load {folder}: {reason}") from error
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    missing = {name for name in loading["missing_keys"] if name not in tied}
+    if missing:
+        raise RunError(f"model: {folder} is incomplete: {min(missing)} is missing")
+    return model, tokenizer
+
+
+def _match(
+    folder: Path, model: PreTrainedModel, weights: dict[str, torch.Tensor]
+) -> dict[str, str]:
+    """Name in the model of each tensor of the checkpoint that the model has.
+
+    Some checkpoints leave out the model's own prefix (GPT-2: `h.0` for `transformer.h.0`).
+    """
+    state = model.state_dict()
+    names = {}
+    for name, tensor in weights.items():
+        prefixed = f"{model.base_model_prefix}.{name}"
+        found = next((known for known in (name, prefixed) if known in state), None)
+        if found is not None and state[found].shape == tensor.shape:
+            names[name] = found
+        elif name.endswith(".weight"):
+            raise RunError(f"model: {folder}: {name} is not in {type(model).__name__}")
+    return names
