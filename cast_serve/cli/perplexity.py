@@ -7,7 +7,8 @@ from typing import Any
 from transformers.utils.logging import disable_progress_bar
 
 from cast_serve.model_loaders.errors import CheckpointError
-from cast_serve.trainer.data import load_corpus
+from cast_serve.trainer.data import read_tokens, to_blocks
+from cast_serve.trainer.data_source import DataSource
 from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.evaluate import mean_loss, to_perplexity
 from cast_serve.trainer.source import context_length
@@ -22,6 +23,7 @@ def measure_on(text: tuple[Path, ...], context: int | None) -> Callable[[Path], 
         context: tokens per window; None: 1024 or the model's limit.
     """
 
+    sources = tuple(DataSource(place=str(path)) for path in text)
     # Its bars of loading would break up the one of the conversion.
     disable_progress_bar()
 
@@ -29,12 +31,13 @@ def measure_on(text: tuple[Path, ...], context: int | None) -> Callable[[Path], 
         try:
             source = load_sparse(folder)
             length = context_length(source.model, context)
-            corpus = load_corpus(text, source.tokenizer, context=length, held_out=0)
+            tokens = read_tokens(sources, source.tokenizer)
+            windows = to_blocks(tokens, context=length, key="text").stacked()
         except RunError as error:
             raise CheckpointError(folder, str(error)) from error
         return {
-            "perplexity": to_perplexity(mean_loss(source.model, corpus.train)),
-            "tokens": corpus.train.numel(),
+            "perplexity": to_perplexity(mean_loss(source.model, windows)),
+            "tokens": windows.numel(),
             "context": length,
             "text": [path.name for path in text],
         }

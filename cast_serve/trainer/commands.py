@@ -19,8 +19,10 @@ COMMANDS = {
     "compare": "cast_serve.trainer.compare:main",
     "estimate": "cast_serve.trainer.estimate:main",
     "evaluate": "cast_serve.trainer.evaluation.command:main",
+    "finetune": "cast_serve.trainer.finetune.main:main",
     "generate": "cast_serve.trainer.generation.main:main",
     "prune": "cast_serve.trainer.prune:main",
+    "scaling": "cast_serve.trainer.scaling.main:main",
 }
 
 

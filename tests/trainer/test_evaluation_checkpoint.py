@@ -71,6 +71,7 @@ def stored(request, tmp_path_factory, llama_dir, gpt2_dir, tokenizer):
             layer.cast_scale.uniform_(0.5, 1.5)
     write_training_form(
         model,
+        model.state_dict(),
         dense,
         base / "training",
         pattern="2:4",

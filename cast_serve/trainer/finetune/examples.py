@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from cast_serve.trainer.data import BlockStream, load_corpus
+from cast_serve.trainer.data_source import DataSource
 from cast_serve.trainer.distill import IGNORED
 from cast_serve.trainer.errors import RunError
 
@@ -102,10 +103,15 @@ def load_examples(
             )
     if kinds[files[0]] == "text":
         corpus = load_corpus(
-            files, tokenizer, context=context, held_out=held_out, eval_files=eval_files
+            _sources(files),
+            tokenizer,
+            context=context,
+            held_out=held_out,
+            eval_sources=_sources(eval_files),
         )
+        (blocks,) = corpus.parts
         return Examples(
-            train=[_whole(block) for block in corpus.train],
+            train=[_whole(blocks[place]) for place in range(len(blocks))],
             evaluation=[_whole(block) for block in corpus.evaluation],
             kind="text",
             cut=0,
@@ -138,6 +144,10 @@ def load_examples(
         evaluated_on=evaluated_on,
         sha256=digest.hexdigest(),
     )
+
+
+def _sources(files: tuple[Path, ...]) -> tuple[DataSource, ...]:
+    return tuple(DataSource(place=str(path)) for path in files)
 
 
 def _whole(block: torch.Tensor) -> Example:

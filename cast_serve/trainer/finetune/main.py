@@ -4,20 +4,15 @@ import argparse
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
 
+from cast_serve.trainer.arguments import Parser
 from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.finetune.config import DEFAULT_LR, FinetuneConfig
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise RunError(f"{message}; cast-train finetune --help lists the flags")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Its result holds the flags that were given and no defaults."""
-    parser = _Parser(
+    parser = Parser(
         prog="cast-train finetune",
         description="Fine-tune a 2:4 checkpoint. The pattern stays exactly as it is: gradients are "
         "masked, or adapters stay separate (--lora) or are masked and merged (--lora --merge).",
@@ -81,12 +76,8 @@ def main(arguments: Sequence[str]) -> int:
     from rich.console import Console
     from transformers.utils.logging import disable_progress_bar
 
-    from cast_serve.model_loaders.errors import CheckpointError
     from cast_serve.trainer.finetune.train import run
 
     disable_progress_bar()
-    try:
-        run(config, Console(highlight=False))
-    except CheckpointError as error:
-        raise RunError(str(error)) from error
+    run(config, Console(highlight=False))
     return 0

@@ -9,21 +9,17 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
+from cast_serve.trainer.arguments import Parser
 from cast_serve.trainer.errors import RunError
 
 if TYPE_CHECKING:
     from cast_serve.trainer.scaling.predict import Analysis
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise RunError(f"{message}; cast-train scaling --help lists the flags")
-
-
 def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="cast-train scaling",
         description="Fit loss against tokens (and size) from finished runs: Hoffmann et al. 2022.",
         allow_abbrev=False,
