@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 
 from cast_serve.trainer.config import RunConfig
 from cast_serve.trainer.data import BlockStream, collate
-from cast_serve.trainer.distill import distillation_loss
 from cast_serve.trainer.errors import RunError
+from cast_serve.trainer.head import loss_head
 from cast_serve.trainer.layers import scaled_layers
+from cast_serve.trainer.objective import Objective
 
 _STEPS = 8
 
@@ -55,7 +56,5 @@ def _backward(model: PreTrainedModel, stream: BlockStream, config: RunConfig, st
         items = [stream[(first + i) % len(stream)] for i in range(config.batch_size)]
         ids = collate(items)["input_ids"].to(model.device)
         with torch.autocast(device, torch.bfloat16, enabled=config.compute == "bf16"):
-            logits = model(input_ids=ids, use_cache=False).logits
-        logits, labels = logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
-        loss = distillation_loss(logits, None, labels, eta=0.0).total
-        (loss * (1 - config.eta) / config.gradient_accumulation).backward()
+            loss = Objective(eta=0.0)(model, loss_head(model), ids, None)
+        (loss.total * (1 - config.eta) / config.gradient_accumulation).backward()

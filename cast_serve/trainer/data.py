@@ -62,8 +62,8 @@ class BlockStream(Dataset[dict[str, torch.Tensor]]):
 
 
 def collate(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Stack blocks into input_ids int64 [batch, context]."""
-    return {"input_ids": torch.stack([item["input_ids"] for item in items])}
+    """Stack items: input_ids int64 [batch, context], and what else they have."""
+    return {key: torch.stack([item[key] for item in items]) for key in items[0]}
 
 
 def load_corpus(

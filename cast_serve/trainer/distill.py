@@ -17,7 +17,16 @@ from torch.autograd.function import once_differentiable
 
 from cast_serve.trainer.distill_block import IGNORED, TopK, block_loss
 
-__all__ = ["IGNORED", "Loss", "Projection", "TopK", "distillation_loss", "linear_distillation_loss"]
+__all__ = [
+    "IGNORED",
+    "Loss",
+    "Projection",
+    "Targets",
+    "TopK",
+    "distillation_loss",
+    "linear_distillation_loss",
+    "top_k_of",
+]
 
 # Of one chunk's logits, were they fp32. More saves kernel launches, less saves memory.
 CHUNK_BYTES = 128 * 2**20
@@ -46,12 +55,12 @@ class Projection:
 
 
 # What is known of the teacher: logits [tokens, vocab], what they are computed from, or their top.
-Teacher = torch.Tensor | Projection | TopK
+Targets = torch.Tensor | Projection | TopK
 
 
 def distillation_loss(
     student_TV: torch.Tensor,
-    teacher: Teacher | None,
+    teacher: Targets | None,
     labels_T: torch.Tensor,
     *,
     eta: float,
@@ -79,7 +88,7 @@ def linear_distillation_loss(
     hidden_TH: torch.Tensor,
     weight_VH: torch.Tensor,
     bias_V: torch.Tensor | None,
-    teacher: Teacher | None,
+    teacher: Targets | None,
     labels_T: torch.Tensor,
     *,
     eta: float,
@@ -102,6 +111,24 @@ def linear_distillation_loss(
     return Loss(total=total, ce=ce, kl=kl)
 
 
+def top_k_of(teacher: torch.Tensor | Projection, *, k: int, temperature: float) -> TopK:
+    """The top k of every row of logits, chunk by chunk."""
+    if isinstance(teacher, Projection):
+        tokens, vocab = len(teacher.hidden_TH), len(teacher.weight_VH)
+    else:
+        tokens, vocab = teacher.shape
+    found = []
+    for part in _parts(tokens, vocab=vocab):
+        logits = _rows(teacher, part)
+        assert isinstance(logits, torch.Tensor)
+        found.append(TopK.of(logits, k=k, temperature=temperature))
+    return TopK(
+        log_p_TK=torch.cat([top.log_p_TK for top in found]),
+        ids_TK=torch.cat([top.ids_TK for top in found]),
+        log_rest_T=torch.cat([top.log_rest_T for top in found]),
+    )
+
+
 def chunk_tokens(tokens: int, *, vocab: int, hidden: int = 0) -> int:
     """Tokens a chunk: near CHUNK_BYTES, chunks of equal size where they come out even.
 
@@ -122,25 +149,19 @@ class _Options:
     chunk: int | None
     compiled: bool
 
-    def parts(self, tokens: int, *, vocab: int, hidden: int = 0) -> list[slice]:
-        size = self.chunk or chunk_tokens(tokens, vocab=vocab, hidden=hidden)
-        return [slice(start, start + size) for start in range(0, tokens, size)]
-
     def block(
         self,
         z: torch.Tensor,
-        teacher: Teacher | None,
+        teacher: Targets | None,
         labels: torch.Tensor,
         part: slice,
         factor: torch.Tensor,
         out: torch.Tensor | None,
     ) -> torch.Tensor:
         """CE and KL of one chunk, their share in the means; `out` gets the gradient."""
-        rows = teacher[part] if isinstance(teacher, torch.Tensor) else teacher
-        rows = rows.rows(part) if isinstance(rows, Projection | TopK) else rows
         sums = block_loss(
             z,
-            rows,
+            _rows(teacher, part),
             labels[part],
             eta=self.eta,
             temperature=self.temperature,
@@ -156,6 +177,18 @@ class _Options:
         return self.eta * kl + (1 - self.eta) * ce, ce, kl
 
 
+def _parts(tokens: int, *, vocab: int, hidden: int = 0, chunk: int | None = None) -> list[slice]:
+    size = chunk or chunk_tokens(tokens, vocab=vocab, hidden=hidden)
+    return [slice(start, start + size) for start in range(0, tokens, size)]
+
+
+def _rows(teacher: Targets | None, part: slice) -> torch.Tensor | TopK | None:
+    """What is known of some tokens; a Projection's logits are computed."""
+    if teacher is None or isinstance(teacher, torch.Tensor):
+        return None if teacher is None else teacher[part]
+    return teacher.rows(part)
+
+
 def _mean_factor(labels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """1 / tokens that count, 0-dim on the device: reading it would wait for the GPU."""
     return 1 / (labels != IGNORED).sum().clamp(min=1).to(dtype)
@@ -168,7 +201,7 @@ class _LogitsLoss(torch.autograd.Function):
         grad = torch.empty_like(student) if with_grad else None
         factor = _mean_factor(labels, torch.promote_types(student.dtype, torch.float32))
         means = torch.zeros(2, dtype=factor.dtype, device=student.device)
-        ctx.parts = options.parts(tokens, vocab=vocab)
+        ctx.parts = _parts(tokens, vocab=vocab, chunk=options.chunk)
         for part in ctx.parts:
             out = grad[part] if grad is not None else None
             means += options.block(student[part], teacher, labels, part, factor, out)
@@ -202,7 +235,7 @@ class _LinearLoss(torch.autograd.Function):
             rounded = weight.to(dtype)
             rounded_bias = bias.to(dtype) if bias is not None else None
             vocab, width = weight.shape
-            for part in options.parts(len(hidden), vocab=vocab, hidden=width):
+            for part in _parts(len(hidden), vocab=vocab, hidden=width, chunk=options.chunk):
                 h = hidden[part].to(dtype)
                 z = torch.nn.functional.linear(h, rounded, rounded_bias)
                 out = z if with_grad else None

@@ -4,8 +4,8 @@
     Teacher  logits t_CV, or a TopK of its distribution, or nothing (eta = 0)
     Dtypes   any floating dtype; computed in fp32 (fp64 logits in fp64), the gradient in z's dtype
 
-With a temperature tau the KL is tau^2 * KL(softmax(t/tau) || softmax(z/tau)), AST's form; Eq. 13 has
-tau = 1. The gradient, of which the caller gives the factor 1/tokens:
+With a temperature tau the KL is tau^2 * KL(softmax(t/tau) || softmax(z/tau)), AST's form; Eq. 13
+has tau = 1. The gradient, of which the caller gives the factor 1/tokens:
 
     dL/dz = eta * tau * (softmax(z/tau) - target) + (1-eta) * (softmax(z) - onehot(label))
 
@@ -96,6 +96,7 @@ def block_loss(
         dense = _compiled_dense if compiled else _dense
         ce, kl, grad = dense(z_CV, teacher, labels_C, scale, *options)
     if out_CV is not None:
+        assert grad is not None
         out_CV.copy_(grad)
     return ce, kl
 

@@ -43,7 +43,7 @@ def distill_kernel(
     GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid [tokens]. TEMPERED: the temperature is not 1, so CE and KL have softmaxes of their own."""
+    """Grid [tokens]. TEMPERED: the temperature is not 1, so CE has a softmax of its own."""
     row = tl.program_id(0).to(tl.int64)
     z_ptr += row * z_stride
     t_ptr += row * t_stride

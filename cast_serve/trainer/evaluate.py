@@ -9,7 +9,8 @@ import math
 import torch
 from transformers import PreTrainedModel
 
-from cast_serve.trainer.distill import distillation_loss
+from cast_serve.trainer.head import loss_head
+from cast_serve.trainer.objective import Objective
 
 
 def perplexity(
@@ -32,12 +33,11 @@ def mean_loss(model: PreTrainedModel, windows: torch.Tensor, *, batch_size: int 
     """Mean cross-entropy, nats per predicted token, of `windows` int [count, context]."""
     training = model.training
     model.eval()
+    objective, head = Objective(eta=0.0), loss_head(model)
     total = 0.0
     for start in range(0, len(windows), batch_size):
         ids = windows[start : start + batch_size].long().to(model.device)
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-        loss = distillation_loss(logits, None, ids[:, 1:].flatten(), eta=0.0)
-        total += loss.ce.item() * len(ids)
+        total += objective(model, head, ids, None).ce.item() * len(ids)
     model.train(training)
     return total / len(windows)
 

@@ -101,7 +101,7 @@ def choose_layers(
     Raises:
         RunError: the model has no list of decoder blocks, or nothing can be sparsified.
     """
-    prefix = _blocks_name(model) + "."
+    prefix = blocks_name(model) + "."
     # Serving 2:4 needs K % 8 == 0, whatever form the output has.
     multiple = COLUMNS_PER_BYTE if str(pattern) == "2:4" else pattern.group
     choices = []
@@ -155,7 +155,7 @@ def optimizer_groups(model: nn.Module) -> list[dict[str, object]]:
     return [*groups, {"params": rest, "input_dim": None}]
 
 
-def _blocks_name(model: PreTrainedModel) -> str:
+def blocks_name(model: PreTrainedModel) -> str:
     """Name of the list of decoder blocks: the outermost ModuleList as long as the model is deep."""
     depth = model.config.get_text_config().num_hidden_layers
     for name, module in model.named_modules():

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Dataset
 from transformers import (
     PreTrainedModel,
     ProgressCallback,
@@ -23,26 +24,33 @@ from transformers import (
 from transformers.integrations import TensorBoardCallback
 
 from cast_serve.trainer.config import RunConfig
-from cast_serve.trainer.data import BlockStream, collate
-from cast_serve.trainer.distill import distillation_loss
+from cast_serve.trainer.data import collate
+from cast_serve.trainer.distill import Targets
 from cast_serve.trainer.errors import RunError
+from cast_serve.trainer.head import loss_head
 from cast_serve.trainer.layers import optimizer_groups
 from cast_serve.trainer.masks import progress
+from cast_serve.trainer.objective import Objective, logits_of
 from cast_serve.trainer.optim import AdamS
 from cast_serve.trainer.run_dir import STAGING, Fixed, checkpoints
 from cast_serve.trainer.schedule import Schedule
+from cast_serve.trainer.teacher import Teacher
+from cast_serve.trainer.teacher_cache import CachedStream, batch_targets
 
 
 class CastTrainer(Trainer):
-    """Trains a model with scaled layers against a frozen teacher (None with eta = 0)."""
+    """Trains a model with scaled layers against a frozen teacher.
+
+    The teacher is None with eta = 0, and where the stream is a CachedStream.
+    """
 
     def __init__(
         self,
         config: RunConfig,
         fixed: Fixed,
         model: PreTrainedModel,
-        teacher: PreTrainedModel | None,
-        stream: BlockStream,
+        teacher: Teacher | None,
+        stream: Dataset[dict[str, torch.Tensor]],
         *,
         callbacks: list[TrainerCallback],
     ) -> None:
@@ -50,7 +58,10 @@ class CastTrainer(Trainer):
         schedule = Schedule(steps=fixed.steps, warmup=config.warmup, floor=config.lr_floor)
         self.config = config
         self.teacher = teacher
-        self._logits = torch.compile(_logits) if config.compile else _logits
+        self._cached = isinstance(stream, CachedStream)
+        self._objective = Objective.of(config)
+        self._head = loss_head(model)
+        self._forward = torch.compile(logits_of) if config.compile else logits_of
         self.adams = AdamS(
             optimizer_groups(model),
             lr=fixed.lr,
@@ -87,19 +98,11 @@ class CastTrainer(Trainer):
         """Eq. 13 on one batch; labels are the inputs shifted by one."""
         assert not return_outputs, "evaluation goes through evaluate.mean_loss"
         ids = inputs["input_ids"]
-        teacher_logits = None
+        known: Targets | None = batch_targets(inputs) if self._cached else None
         if self.teacher is not None:
-            with torch.no_grad():
-                teacher_logits = self._logits(self.teacher, ids)
+            known = self.teacher.targets(ids)
         with self._autocast():
-            logits = self._logits(model, ids)
-        loss = distillation_loss(
-            logits,
-            teacher_logits,
-            ids[:, 1:].flatten(),
-            eta=self.config.eta,
-            temperature=self.config.temperature,
-        )
+            loss = self._objective(model, self._head, ids, known, forward=self._forward)
         self._parts += torch.stack((loss.ce, loss.kl)).float()
         self._parts_count += 1
         return loss.total
@@ -130,7 +133,7 @@ class CastTrainer(Trainer):
             "masked_magnitude": now.masked,
             "kept_magnitude": now.kept,
         }
-        if self.teacher is not None:
+        if self.config.eta > 0:
             found["kl"] = kl
         if self.adams.flips is not None:
             found["mask_flips"] = self.adams.flips
@@ -219,8 +222,3 @@ def tensorboard(config: RunConfig, *, first_step: int) -> TensorBoardCallback:
 
     folder = str(config.run_dir / "logs")
     return TensorBoardCallback(tb_writer=SummaryWriter(folder, purge_step=first_step))
-
-
-def _logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """[batch * (context-1), vocab] logits of the positions that have a next token."""
-    return model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)

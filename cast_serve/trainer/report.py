@@ -77,6 +77,7 @@ def _run(plan: Plan, config: RunConfig) -> Table:
         "lambda": measured if plan.lambda_ is None else f"{plan.lambda_:.3g}",
         "loss": f"{config.eta:.3g} KL + {1 - config.eta:.3g} CE, "
         f"temperature {config.temperature:g}",
+        "teacher": _teacher(plan, config),
         "mean |w|": f"{plan.magnitudes.masked:.3g} masked, {plan.magnitudes.kept:.3g} kept",
         "travel": f"{plan.travel:.2f} ({_VERDICTS[plan.verdict]})",
         "output": f"{config.output}, {form}{fallback}",
@@ -84,6 +85,14 @@ def _run(plan: Plan, config: RunConfig) -> Table:
     for key, value in rows.items():
         table.add_row(key, value)
     return table
+
+
+def _teacher(plan: Plan, config: RunConfig) -> str:
+    if not config.eta:
+        return "none"
+    if config.teacher == "cached":
+        return f"top {config.teacher_top_k} tokens cached, {size(plan.teacher_disk, 'B')} on disk"
+    return "on the device" if config.teacher == "resident" else "blocks in host memory"
 
 
 def _memory(plan: Plan) -> Table:

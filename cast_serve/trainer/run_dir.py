@@ -5,6 +5,7 @@ checkpoint-N/    HF Trainer's checkpoint after step N; complete once it has this
 .staging/        a checkpoint being written
 logs/            TensorBoard
 plots/           PNG, at the end
+teacher/         a cached teacher's top tokens
 """
 
 import json

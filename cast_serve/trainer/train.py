@@ -1,13 +1,12 @@
 """One CAST run from a dense checkpoint to the sparse one: plan, train, prune, fold, export."""
 
-import copy
 import shutil
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import PreTrainedModel
 
 from cast_serve.trainer.calibrate import measure_lambda
 from cast_serve.trainer.config import RunConfig
@@ -17,6 +16,7 @@ from cast_serve.trainer.evaluate import mean_loss, to_perplexity
 from cast_serve.trainer.export import dtype_name, prune_and_fold_, publish, write_training_form
 from cast_serve.trainer.layers import LayerChoice, add_scales, choose_layers
 from cast_serve.trainer.loop import CastTrainer, tensorboard
+from cast_serve.trainer.objective import prepare_head
 from cast_serve.trainer.plan import Plan, check_travel, make_plan
 from cast_serve.trainer.plots import write_plots
 from cast_serve.trainer.report import render_plan
@@ -28,6 +28,8 @@ from cast_serve.trainer.run_dir import (
     write_run,
 )
 from cast_serve.trainer.source import Source, context_length, load_source
+from cast_serve.trainer.teacher import make_teacher, teacher_bytes
+from cast_serve.trainer.teacher_cache import CachedStream, Origin, TeacherCache, sequences_of
 
 
 def run(config: RunConfig, console: Console) -> None:
@@ -50,6 +52,9 @@ def run(config: RunConfig, console: Console) -> None:
     if fixed is not None:
         check_same_data(fixed, corpus)
     layers = choose_layers(source.model, config.nm, scaling_blocks=config.scaling_blocks)
+    remark = prepare_head(source.model, config)
+    if remark:
+        console.print(remark, markup=False)
     plan = _plan(config, source, corpus, layers, context, fixed)
     console.print(render_plan(plan, config))
     # A run that is resumed was allowed when it started.
@@ -69,8 +74,6 @@ def _plan(
     context: int,
     fixed: Fixed | None,
 ) -> Plan:
-    parameters = sum(p.numel() for p in source.model.parameters())
-    width = 2 if config.compute == "bf16" else 4
     return make_plan(
         config,
         source.model,
@@ -79,7 +82,7 @@ def _plan(
         train_blocks=len(corpus.train),
         eval_blocks=len(corpus.evaluation),
         evaluated_on=corpus.evaluated_on,
-        teacher_bytes=parameters * width if config.eta else 0,
+        teacher_bytes=teacher_bytes(source.model, config),
         lambda_=fixed.lambda_ if fixed else config.lambda_,
     )
 
@@ -96,13 +99,16 @@ def _train(
         "cuda" if config.device == "auto" and torch.cuda.is_available() else "cpu"
     )
     model = source.model
-    model.to(device)  # type: ignore[arg-type]  # hidden by a decorator of transformers
     stream = BlockStream(
         corpus.train,
         length=plan.steps * config.batch_size * config.gradient_accumulation,
         seed=config.seed,
     )
-    teacher = _teacher(source, config) if config.eta > 0 else None
+    cache = _teacher_cache(source, corpus, plan, config)
+    sequences = partial(sequences_of, stream, len(stream))
+    filled = cache is not None and next(cache.missing(sequences()), None) is None
+    teacher = make_teacher(model, config, device) if config.eta > 0 and not filled else None
+    model.to(device)  # type: ignore[arg-type]  # hidden by a decorator of transformers
     dense_loss = fixed.dense_loss if fixed else mean_loss(model, corpus.evaluation)
     add_scales(model, list(plan.layers), scaling_blocks=config.scaling_blocks)
     if fixed is None:
@@ -115,6 +121,11 @@ def _train(
             dense_loss=dense_loss,
         )
         write_run(config, fixed)
+    if cache is not None:
+        if teacher is not None:
+            console.print(f"computing the teacher's top {config.teacher_top_k}", markup=False)
+            cache.fill(sequences(), teacher, batch_size=config.batch_size)
+        teacher = None
     checkpoint = last_checkpoint(config.run_dir) if config.resume else None
     done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     if config.resume:
@@ -124,7 +135,7 @@ def _train(
         fixed,
         model,
         teacher,
-        stream,
+        stream if cache is None else CachedStream(stream, cache),
         callbacks=[tensorboard(config, first_step=done + 1)],
     )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -194,10 +205,14 @@ def check_same_data(fixed: Fixed, corpus: Corpus) -> None:
         )
 
 
-def _teacher(source: Source, config: RunConfig) -> PreTrainedModel:
-    """A frozen copy of the dense model, in the dtype of the forward pass."""
-    teacher = copy.deepcopy(source.model).requires_grad_(False).eval()
-    return teacher.to(torch.bfloat16) if config.compute == "bf16" else teacher
+def _teacher_cache(
+    source: Source, corpus: Corpus, plan: Plan, config: RunConfig
+) -> TeacherCache | None:
+    """The cache of the untouched dense model's top tokens; None where the run asks for none."""
+    if config.eta == 0 or config.teacher != "cached":
+        return None
+    origin = Origin.of(config, source.model, data_sha256=corpus.sha256, context=plan.context)
+    return TeacherCache(config.run_dir / "teacher", origin)
 
 
 def _provenance(
@@ -225,6 +240,7 @@ def _provenance(
         "scaling_blocks": config.scaling_blocks,
         "mask_interval": config.mask_interval,
         "compute": config.compute,
+        "teacher_top_k": config.teacher_top_k if config.teacher == "cached" else None,
         "seed": config.seed,
         "evaluation": evaluation,
         "versions": {name: version(name) for name in ("cast-serve", "torch", "transformers")},
