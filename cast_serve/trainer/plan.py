@@ -211,8 +211,8 @@ def _loss_memory(
     head = model.get_output_embeddings().weight
     vocab, hidden = head.shape
     chunk = chunk_tokens(tokens, vocab=vocab, hidden=hidden)
-    # Where no kernel computes in place: log-softmaxes, gradient and what leads to it, in fp32.
-    blocks = 4 * 4 if config.teacher == "cached" or width == 4 else models * width
+    # Where no kernel works in place, 7 fp32 blocks: logits, log-softmaxes, products, gradient.
+    blocks = 7 * 4 if config.teacher == "cached" or width == 4 else models * width
     return {
         "logits of a chunk": blocks * chunk * vocab,
         "gradient of the head": 4 * head.numel(),

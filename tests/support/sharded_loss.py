@@ -1,6 +1,6 @@
 """One of two processes that train a tiny model on half a batch each, by DDP or by FSDP2.
 
-Usage: python sharded_loss.py RANK FOLDER ddp|fsdp     FOLDER is where the two meet.
+Usage: python sharded_loss.py RANK FOLDER     FOLDER is where the two meet.
 Process 0 writes FOLDER/gradients.pt: loss parts, and the gradient of every parameter.
 """
 
@@ -65,12 +65,16 @@ def gradients(how: str, ids: torch.Tensor, *, tied: bool) -> dict[str, torch.Ten
 
 
 if __name__ == "__main__":
-    rank, folder, how = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD
     )
     mine = batch().chunk(WORLD)[rank]
-    results = {tied: gradients(how, mine, tied=tied) for tied in (False, True)}
+    results = {
+        (how, tied): gradients(how, mine, tied=tied)
+        for how in ("ddp", "fsdp")
+        for tied in (False, True)
+    }
     if rank == 0:
         torch.save(results, folder / "gradients.pt")
     dist.barrier()

@@ -12,12 +12,12 @@ from sharded_loss import WORLD, batch, gradients
 SUPPORT = Path(__file__).parents[1] / "support"
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
-def test_two_processes_are_one(how, tmp_path):
-    command = [sys.executable, SUPPORT / "sharded_loss.py"]
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict[tuple[str, bool], dict[str, torch.Tensor]]:
+    folder = tmp_path_factory.mktemp("meet")
     processes = [
         subprocess.Popen(
-            [*command, str(rank), tmp_path, how],
+            [sys.executable, SUPPORT / "sharded_loss.py", str(rank), folder],
             stderr=subprocess.PIPE,
             text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -27,10 +27,14 @@ def test_two_processes_are_one(how, tmp_path):
     for process in processes:
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors[-4000:]
-    found = torch.load(tmp_path / "gradients.pt")
-    for tied in (False, True):
-        expected = gradients("alone", batch(), tied=tied)
-        assert found[tied].keys() == expected.keys()
-        assert expected[""][2] > 0.01
-        for name, value in expected.items():
-            torch.testing.assert_close(found[tied][name], value, msg=f"{name} tied={tied}")
+    return torch.load(folder / "gradients.pt")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_two_processes_are_one(found, how, tied):
+    expected = gradients("alone", batch(), tied=tied)
+    assert found[how, tied].keys() == expected.keys()
+    assert expected[""][2] > 0.01
+    for name, value in expected.items():
+        torch.testing.assert_close(found[how, tied][name], value, msg=name)

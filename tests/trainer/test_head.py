@@ -69,7 +69,7 @@ def test_models_that_change_their_logits(name, make_config):
     assert not returns_its_head(model)
     assert "its logits are kept whole" in prepare_head(model, make_config())
     assert loss_head(model) is None
-    with pytest.raises(RunError, match="loss: .*so chunked is not possible; use auto"):
+    with pytest.raises(RunError, match=r"loss: .*so chunked is not possible; use auto"):
         prepare_head(model, make_config(loss="chunked"))
 
 
