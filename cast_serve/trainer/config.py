@@ -169,6 +169,19 @@ class RunConfig:
     compile: bool = _option(
         False, "run the models through torch.compile, for speed on a GPU", group="run"
     )
+    loss: Literal["auto", "chunked", "liger", "logits"] = _option(
+        "auto",
+        "chunked: from hidden states, without the logits; liger: the same by Liger-Kernel; logits: "
+        "keeps them whole; auto: chunked where the model has a plain head, else logits",
+        group="run",
+    )
+    teacher: Literal["resident", "offload", "cached"] = _option(
+        "resident",
+        "where the teacher lives: on the device, its blocks in host memory, or its top tokens on "
+        "disk in OUTPUT.run/teacher, computed once",
+        group="run",
+    )
+    teacher_top_k: int = _option(64, "tokens of the vocabulary a cached teacher keeps", group="run")
     gradient_checkpointing: bool = _option(
         False, "recompute activations in the backward pass to save memory", group="run"
     )
@@ -287,6 +300,7 @@ class RunConfig:
 
     def _check_ranges(self) -> None:
         at_least_one = "steps tokens batch_size gradient_accumulation scaling_blocks mask_interval"
+        at_least_one += " teacher_top_k"
         for key in (*at_least_one.split(), "save_steps", "save_limit", "log_steps"):
             _require(key, getattr(self, key), lambda v: v >= 1, "at least 1")
         _require("context", self.context, lambda v: v >= 2, "at least 2")
@@ -302,6 +316,13 @@ class RunConfig:
         _require("eval_steps", self.eval_steps, lambda v: v < 1 or v % 1 == 0, whole_or_share)
         _require("clip", self.clip, lambda v: 0 <= v < float("inf"), "0 or more")
         _require("seed", self.seed, lambda v: 0 <= v < 2**32, "from 0 to below 2^32")
+        if self.loss == "liger" and self.teacher == "cached":
+            raise RunError(
+                "loss: liger needs the teacher's hidden states and teacher is cached; "
+                "use chunked, or teacher: resident"
+            )
+        if self.teacher == "cached" and self.parallel == "fsdp":
+            raise RunError("teacher: cached needs parallel=ddp; use offload with fsdp")
         if self.eta == 1 and self.lambda_ is None and self.method == "cast":
             raise RunError(
                 "lambda: must be given with eta=1, because a student that equals its teacher "

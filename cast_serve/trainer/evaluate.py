@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from cast_serve.trainer.distill import distillation_loss
+from cast_serve.trainer.head import loss_head
+from cast_serve.trainer.objective import Objective
 from cast_serve.trainer.processes import ALONE, Processes
 
 
@@ -44,6 +45,7 @@ def mean_loss(
     """
     training = model.training
     model.eval()
+    objective, head = Objective(eta=0.0), loss_head(model)
     device = next(model.parameters()).device
     own = windows[processes.rank :: processes.count]
     total = torch.zeros((), dtype=torch.float64, device=device)
@@ -52,9 +54,7 @@ def mean_loss(
     for start in range(0, most, batch_size):
         part = own[start : start + batch_size]
         ids = (part if len(part) else windows[:1]).long().to(device)
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-        loss = distillation_loss(logits, None, ids[:, 1:].flatten(), eta=0.0)
-        total += loss.ce.double() * len(part)
+        total += objective(model, head, ids, None).ce.double() * len(part)
     model.train(training)
     return processes.sum(total).item() / len(windows)
 

@@ -6,6 +6,7 @@ what a run on one with twice the batch sees. Random numbers (dropout) depend on 
 and process alone, so a resumed run draws what an uninterrupted one would have drawn.
 """
 
+import dataclasses
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,23 +15,30 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from transformers import PreTrainedModel
+from torch.utils.data import Dataset
 
 from cast_serve.trainer.config import RunConfig
-from cast_serve.trainer.data import BlockStream, collate
-from cast_serve.trainer.distill import distillation_loss
+from cast_serve.trainer.data import collate
+from cast_serve.trainer.distill import Loss, Targets
+from cast_serve.trainer.head import loss_head
+from cast_serve.trainer.objective import Objective
 from cast_serve.trainer.processes import Processes
+from cast_serve.trainer.teacher import Teacher
+from cast_serve.trainer.teacher_cache import CachedStream, batch_targets
 
 
 class Gradient:
-    """Accumulates the gradient of Eq. 13 in the parameters of `model`."""
+    """Accumulates the gradient of Eq. 13 in the parameters of `model`.
+
+    The teacher is None with eta = 0, and where `stream` is a CachedStream.
+    """
 
     def __init__(
         self,
         config: RunConfig,
         model: nn.Module,
-        teacher: PreTrainedModel | None,
-        stream: BlockStream,
+        teacher: Teacher | None,
+        stream: Dataset[dict[str, torch.Tensor]],
         processes: Processes,
     ) -> None:
         self.config = config
@@ -38,6 +46,9 @@ class Gradient:
         self.teacher = teacher
         self.stream = stream
         self.processes = processes
+        self._objective = Objective.of(config)
+        self._head = loss_head(model)
+        self._cached = isinstance(stream, CachedStream)
 
     def accumulate(self, step: int, *, eta: float) -> torch.Tensor:
         """Run the passes of step `step`, counted from 0; returns [CE, KL], means of this process.
@@ -52,9 +63,9 @@ class Gradient:
             place = (step * batches + batch) * self.processes.count + self.processes.rank
             torch.manual_seed(self.config.seed * 1_000_003 + place)
             with self._syncing(batch == batches - 1):
-                loss, found = self._loss(eta, **self._read(place))
-                (loss / batches).backward()
-            parts += found / batches
+                loss = self._loss(self._read(place), eta)
+                (loss.total / batches).backward()
+            parts += torch.stack((loss.ce, loss.kl)) / batches
         return parts
 
     def clip(self) -> torch.Tensor:
@@ -72,32 +83,21 @@ class Gradient:
     def _read(self, place: int) -> dict[str, torch.Tensor]:
         first = place * self.config.batch_size
         # Beyond the end, where lambda is measured for a run shorter than its measurement.
-        items = [
-            self.stream[(first + index) % len(self.stream)]
-            for index in range(self.config.batch_size)
-        ]
+        length = len(self.stream)  # type: ignore[arg-type]  # torch's Dataset does not say
+        items = [self.stream[(first + index) % length] for index in range(self.config.batch_size)]
         device = self.processes.device
         return {key: one.to(device, non_blocking=True) for key, one in collate(items).items()}
 
-    def _loss(self, eta: float, **inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Args:
-            inputs: input_ids [batch, context], and position_ids where documents are apart.
-        """
-        teacher_logits = None
-        if eta and self.teacher is not None:
-            with torch.no_grad():
-                teacher_logits = _logits(self.teacher, **inputs)
+    def _loss(self, batch: dict[str, torch.Tensor], eta: float) -> Loss:
+        ids, positions = batch["input_ids"], batch.get("position_ids")
+        known: Targets | None = None
+        if eta and self._cached:
+            known = batch_targets(batch)
+        elif eta and self.teacher is not None:
+            known = self.teacher.targets(ids, positions)
+        objective = dataclasses.replace(self._objective, eta=eta)
         with self._autocast():
-            logits = _logits(self.model, **inputs)
-        loss = distillation_loss(
-            logits,
-            teacher_logits,
-            inputs["input_ids"][:, 1:].flatten(),
-            eta=eta,
-            temperature=self.config.temperature,
-        )
-        return loss.total, torch.stack((loss.ce, loss.kl)).float()
+            return objective(self.model, self._head, ids, known, position_ids=positions)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.config.compute == "fp32":
@@ -110,9 +110,3 @@ class Gradient:
         if isinstance(self.model, DistributedDataParallel) and not last:
             return self.model.no_sync()
         return nullcontext()
-
-
-def _logits(model: nn.Module, **inputs: torch.Tensor) -> torch.Tensor:
-    """[batch * (context-1), vocab] logits of the positions that have a next token."""
-    logits: torch.Tensor = model(**inputs, use_cache=False).logits
-    return logits[:, :-1].flatten(0, 1)

@@ -8,6 +8,7 @@ is applied to the weight and not to the output, so folding it is the very same m
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -103,7 +104,7 @@ def choose_layers(
     Raises:
         RunError: the model has no list of decoder blocks, or nothing can be sparsified.
     """
-    prefix = _blocks_name(model) + "."
+    prefix = blocks_name(model) + "."
     # Serving 2:4 needs K % 8 == 0, whatever form the output has.
     multiple = COLUMNS_PER_BYTE if str(pattern) == "2:4" else pattern.group
     choices = []
@@ -160,12 +161,34 @@ def optimizer_groups(model: nn.Module) -> list[dict[str, object]]:
 
 def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
     """The list of decoder blocks."""
-    blocks = model.get_submodule(_blocks_name(model))
+    blocks = model.get_submodule(blocks_name(model))
     assert isinstance(blocks, nn.ModuleList)
     return blocks
 
 
-def _blocks_name(model: PreTrainedModel) -> str:
+@contextmanager
+def without_blocks(model: PreTrainedModel) -> Iterator[nn.ModuleList]:
+    """Within, `model` is what is outside its blocks, as embedding and head; gives the blocks."""
+    name, blocks = blocks_name(model), decoder_blocks(model)
+    model.set_submodule(name, nn.Identity())
+    try:
+        yield blocks
+    finally:
+        model.set_submodule(name, blocks)
+
+
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Keep one activation a decoder block, and compute the others again in the backward pass."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def compile_blocks(model: PreTrainedModel) -> None:
+    """Run every decoder block through torch.compile: one compilation serves them all."""
+    for block in decoder_blocks(model):
+        block.compile()
+
+
+def blocks_name(model: PreTrainedModel) -> str:
     """Name of the list of decoder blocks: the outermost ModuleList as long as the model is deep."""
     depth = model.config.get_text_config().num_hidden_layers
     for name, module in model.named_modules():

@@ -7,14 +7,12 @@ import math
 import time
 
 import torch
-from transformers import PreTrainedModel
 
 from cast_serve.trainer import checkpoint
 from cast_serve.trainer.config import RunConfig
 from cast_serve.trainer.gradient import Gradient
 from cast_serve.trainer.guard import Guard
 from cast_serve.trainer.journal import Journal
-from cast_serve.trainer.layers import decoder_blocks
 from cast_serve.trainer.masks import progress
 from cast_serve.trainer.methods.adamw import MaskedAdamW
 from cast_serve.trainer.optim import AdamS
@@ -152,14 +150,3 @@ class Training:
             journal.write(step, figures)
         # Not a part of the training's speed.
         self._since += time.perf_counter() - begun
-
-
-def recompute_activations(model: PreTrainedModel) -> None:
-    """Keep one activation a decoder block, and compute the others again in the backward pass."""
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-
-
-def compile_blocks(model: PreTrainedModel) -> None:
-    """Run every decoder block through torch.compile: one compilation serves them all."""
-    for block in decoder_blocks(model):
-        block.compile()

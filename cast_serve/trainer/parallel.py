@@ -18,14 +18,14 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     set_model_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from cast_serve.trainer.errors import RunError
-from cast_serve.trainer.layers import ScaledConv1D, decoder_blocks
+from cast_serve.trainer.layers import ScaledConv1D, decoder_blocks, without_blocks
 from cast_serve.trainer.processes import Processes
 
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -67,6 +67,23 @@ def shard(model: PreTrainedModel, processes: Processes, *, offload: bool = False
     # is, and the optimizer would be given whole parameters.
     fully_shard(model, reshard_after_forward=True, **options)
     set_model_state_dict(model, weights, options=_FROM_FIRST)
+
+
+def shard_blocks(model: PreTrainedModel, processes: Processes, *, offload: bool) -> None:
+    """As shard, for a frozen model: what is outside its blocks stays whole on every device."""
+    weights: dict[str, Any] = model.state_dict() if processes.is_first else {}
+    mesh = init_device_mesh(processes.device.type, (processes.count,))
+    for block in decoder_blocks(model):
+        fully_shard(block, **_options(mesh, processes, offload=offload))
+    with without_blocks(model):
+        model.to(processes.device)  # type: ignore[arg-type]  # hidden by a decorator
+    set_model_state_dict(model, weights, options=_FROM_FIRST)
+
+
+def _options(mesh: DeviceMesh, processes: Processes, *, offload: bool) -> dict[str, Any]:
+    if not offload:
+        return {"mesh": mesh}
+    return {"mesh": mesh, "offload_policy": CPUOffloadPolicy(processes.device.type == "cuda")}
 
 
 def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:

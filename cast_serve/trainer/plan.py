@@ -20,10 +20,13 @@ from cast_serve.trainer.config import (
     RunConfig,
 )
 from cast_serve.trainer.data import Corpus
+from cast_serve.trainer.distill import chunk_tokens
 from cast_serve.trainer.errors import RunError
+from cast_serve.trainer.head import loss_head
 from cast_serve.trainer.layers import LayerChoice
 from cast_serve.trainer.masks import Progress, progress, weight_mask
 from cast_serve.trainer.schedule import Schedule
+from cast_serve.trainer.teacher_cache import cache_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +60,8 @@ class Plan:
     # None for a method other than cast.
     travel: float | None
     memory: dict[str, int]
+    # Bytes on disk of a cached teacher.
+    teacher_disk: int
     # Empty where all sources are read in full.
     sources: tuple[PlannedSource, ...] = ()
 
@@ -160,6 +165,15 @@ def make_plan(
         travel=_travel(lr, schedule, magnitudes.masked) if config.method == "cast" else None,
         memory=_memory(config, model, sparse, context=context, teacher_bytes=teacher_bytes),
         sources=sources,
+        teacher_disk=cache_bytes(
+            model,
+            config,
+            context=context,
+            sequences=min(
+                train_blocks,
+                schedule.steps * config.batch_size * config.gradient_accumulation * processes,
+            ),
+        ),
     )
 
 
@@ -235,7 +249,26 @@ def _memory(
         "masks": sparse_count,
         "scaled weights for the backward pass": width * sparse_count,
         "teacher": teacher_bytes,
-        # Student, teacher and the gradient.
-        "logits": (3 if config.eta else 2) * tokens * text.vocab_size * width,
+        **_loss_memory(config, model, tokens=tokens, width=width),
         "activations (rough)": kept * tokens * text.hidden_size * width,
+    }
+
+
+def _loss_memory(
+    config: RunConfig, model: PreTrainedModel, *, tokens: int, width: int
+) -> dict[str, int]:
+    """Bytes of the loss: the logits of a chunk and the head's gradient, or whole logits."""
+    text = model.config.get_text_config()
+    models = 2 if config.eta and config.teacher != "cached" else 1
+    if loss_head(model) is None:
+        # And the gradient.
+        return {"logits": (models + 1) * tokens * text.vocab_size * width}
+    head = model.get_output_embeddings().weight
+    vocab, hidden = head.shape
+    chunk = chunk_tokens(tokens, vocab=vocab, hidden=hidden)
+    # Where no kernel works in place, 7 fp32 blocks: logits, log-softmaxes, products, gradient.
+    blocks = 7 * 4 if config.teacher == "cached" or width == 4 else models * width
+    return {
+        "logits of a chunk": blocks * chunk * vocab,
+        "gradient of the head": 4 * head.numel(),
     }

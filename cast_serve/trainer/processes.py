@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -16,6 +17,10 @@ from torch import distributed
 from cast_serve.trainer.errors import RunError
 
 T = TypeVar("T")
+
+# The first process may tokenise a corpus, or ask the teacher about all of it, while others wait;
+# where one dies, torchrun ends them all.
+_PATIENCE = timedelta(hours=12)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +106,7 @@ def join(device: str) -> Iterator[Processes]:
         yield Processes(rank=0, count=1, device=place)
         return
     # gloo on GPU machines, too: for what is offloaded to host memory, and for objects.
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=_PATIENCE)
     try:
         yield Processes(rank=rank, count=count, device=place)
     finally:

@@ -83,6 +83,7 @@ def _run(plan: Plan, config: RunConfig) -> Table:
         "lambda": _lambda(plan, config),
         "loss": f"{config.eta:.3g} KL + {1 - config.eta:.3g} CE, "
         f"temperature {config.temperature:g}",
+        "teacher": _teacher(plan, config),
         "mean |w|": f"{plan.magnitudes.masked:.3g} masked, {plan.magnitudes.kept:.3g} kept",
         "travel": "" if plan.travel is None else f"{plan.travel:.2f} ({_VERDICTS[plan.verdict]})",
         "output": f"{config.output}, {form}{fallback}",
@@ -117,6 +118,14 @@ def _lambda(plan: Plan, config: RunConfig) -> str:
         "sr-ste": f"{SR_STE_DECAY:g} (default)",
         "ast": f"{AST_DECAY:g} (default)",
     }.get(config.method, "")
+
+
+def _teacher(plan: Plan, config: RunConfig) -> str:
+    if not config.eta:
+        return "none"
+    if config.teacher == "cached":
+        return f"top {config.teacher_top_k} tokens cached, {size(plan.teacher_disk, 'B')} on disk"
+    return "on the device" if config.teacher == "resident" else "blocks in host memory"
 
 
 def _memory(plan: Plan) -> Table:

@@ -6,6 +6,7 @@ checkpoint-N/    the state after step N (checkpoint.py); complete once it has th
 log.jsonl        the figures of every entry (journal.py)
 logs/            TensorBoard
 plots/           PNG, at the end
+teacher/         a cached teacher's top tokens
 """
 
 import json

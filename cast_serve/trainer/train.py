@@ -1,11 +1,11 @@
 """One CAST run from a dense checkpoint to the sparse one: plan, train, prune, fold, export."""
 
-import copy
 import dataclasses
 import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from safetensors import SafetensorError
 from torch import nn
+from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from cast_serve.trainer import checkpoint
@@ -24,9 +25,15 @@ from cast_serve.trainer.evaluate import mean_loss, to_perplexity
 from cast_serve.trainer.export import dtype_name, prune_and_fold_, publish, write_training_form
 from cast_serve.trainer.gradient import Gradient
 from cast_serve.trainer.journal import Journal, read_history
-from cast_serve.trainer.layers import LayerChoice, choose_layers
-from cast_serve.trainer.loop import Training, compile_blocks, recompute_activations
+from cast_serve.trainer.layers import (
+    LayerChoice,
+    choose_layers,
+    compile_blocks,
+    recompute_activations,
+)
+from cast_serve.trainer.loop import Training
 from cast_serve.trainer.methods import method_of
+from cast_serve.trainer.objective import prepare_head
 from cast_serve.trainer.parallel import replicate, shard, whole_weights
 from cast_serve.trainer.plan import Plan, check_travel, make_plan, planned_sources, token_budget
 from cast_serve.trainer.plots import write_plots
@@ -40,6 +47,8 @@ from cast_serve.trainer.run_dir import (
     write_run,
 )
 from cast_serve.trainer.source import Source, context_length, load_empty_source, load_source
+from cast_serve.trainer.teacher import make_teacher, teacher_bytes
+from cast_serve.trainer.teacher_cache import CachedStream, Origin, TeacherCache, sequences_of
 
 _TRAINING_FORM = "training-form"
 
@@ -75,6 +84,9 @@ def _run(config: RunConfig, console: Console, processes: Processes) -> None:
     if config.method == "dense":
         because = "method dense"
         layers = [dataclasses.replace(layer, dense_because=because) for layer in layers]
+    remark = prepare_head(source.model, config)
+    if remark:
+        console.print(remark, markup=False)
     # Of the weights, which the first process has.
     plan = processes.on_first(
         lambda: _plan(config, source, corpus, layers, context, fixed, processes)
@@ -107,8 +119,6 @@ def _plan(
     fixed: Fixed | None,
     processes: Processes,
 ) -> Plan:
-    parameters = sum(p.numel() for p in source.model.parameters())
-    width = 2 if config.compute == "bf16" else 4
     return make_plan(
         config,
         source.model,
@@ -117,7 +127,7 @@ def _plan(
         train_blocks=corpus.train_blocks,
         eval_blocks=len(corpus.evaluation),
         evaluated_on=corpus.evaluated_on,
-        teacher_bytes=parameters * width if config.eta else 0,
+        teacher_bytes=teacher_bytes(source.model, config),
         lambda_=fixed.lambda_ if fixed else config.lambda_,
         processes=processes.count,
         sources=planned_sources(corpus),
@@ -134,15 +144,22 @@ def _train(
     processes: Processes,
 ) -> None:
     sharded = config.parallel == "fsdp" and processes.count > 1
-    stream = make_stream(config, corpus, length=plan.steps * plan.sequences_per_step)
-    teacher = _teacher(source, config, processes) if config.eta > 0 else None
+    blocks = make_stream(config, corpus, length=plan.steps * plan.sequences_per_step)
+    cached = config.eta > 0 and config.teacher == "cached"
+    stream: Dataset[dict[str, torch.Tensor]] = blocks
+    teacher = None
+    if cached:
+        cache = _fill_teacher_cache(config, source, corpus, plan, blocks, console, processes)
+        stream = CachedStream(blocks, cache)
+    elif config.eta > 0:
+        teacher = make_teacher(source.model, config, processes)
     dense_loss = math.nan
     if fixed is None and not sharded:
         source.model.to(processes.device)  # type: ignore[arg-type]  # hidden by a decorator
         dense_loss = mean_loss(source.model, corpus.evaluation, processes=processes)
     method = method_of(config)
     found = processes.on_first(lambda: last_checkpoint(config.run_dir)) if config.resume else None
-    method.add_layers(source.model, list(plan.layers), stream, resumed=found is not None)
+    method.add_layers(source.model, list(plan.layers), blocks, resumed=found is not None)
     if config.gradient_checkpointing:
         recompute_activations(source.model)
     if config.compile:
@@ -317,17 +334,30 @@ def check_same_step(fixed: Fixed, plan: Plan) -> None:
         )
 
 
-def _teacher(source: Source, config: RunConfig, processes: Processes) -> PreTrainedModel:
-    """A frozen copy of the dense model, in the dtype of the forward pass."""
-    teacher = copy.deepcopy(source.model).requires_grad_(False).eval()
-    if config.compute == "bf16":
-        # Not model.to: buffers, such as rotary frequencies, stay as they are.
-        for parameter in teacher.parameters():
-            parameter.data = parameter.data.bfloat16()
-    if config.compile:
-        compile_blocks(teacher)
-    _spread(config, teacher, processes)
-    return teacher
+def _fill_teacher_cache(
+    config: RunConfig,
+    source: Source,
+    corpus: Corpus,
+    plan: Plan,
+    blocks: BlockStream,
+    console: Console,
+    processes: Processes,
+) -> TeacherCache:
+    """The cache of the untouched dense model's top tokens, computed by the first process."""
+    origin = Origin.of(config, source.model, data_sha256=corpus.sha256, context=plan.context)
+    folder = config.run_dir / "teacher"
+
+    def fill() -> None:
+        cache = TeacherCache(folder, origin)
+        sequences = partial(sequences_of, blocks, len(blocks))
+        if next(cache.missing(sequences()), None) is None:
+            return
+        console.print(f"computing the teacher's top {config.teacher_top_k}", markup=False)
+        teacher = make_teacher(source.model, config, processes)
+        cache.fill(sequences(), teacher, batch_size=config.batch_size)
+
+    processes.on_first(fill)
+    return TeacherCache(folder, origin)
 
 
 def _spread(config: RunConfig, model: PreTrainedModel, processes: Processes) -> nn.Module:
@@ -370,6 +400,7 @@ def _provenance(
         "mask_interval": config.mask_interval,
         "decay_ramp": config.decay_ramp,
         "compute": config.compute,
+        "teacher_top_k": config.teacher_top_k if config.teacher == "cached" else None,
         "document_attention": config.document_attention,
         "seed": config.seed,
         "evaluation": evaluation,

@@ -224,7 +224,7 @@ def test_eta_zero_has_no_teacher(make_config, monkeypatch):
     def fail(*_):
         raise AssertionError("a teacher was made")
 
-    monkeypatch.setattr(train, "_teacher", fail)
+    monkeypatch.setattr(train, "make_teacher", fail)
     config = make_config(allow_short_travel=True, eta=0.0, steps=2)
     run(config)
     assert "kl" not in read_history(config.run_dir)[0]
