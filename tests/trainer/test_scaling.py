@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from cast_serve.trainer import train
 from cast_serve.trainer.config import RunConfig
+from cast_serve.trainer.data_source import DataSource
 from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.scaling.law import Law, Run, _Problem, bootstrap, fit, interval
 from cast_serve.trainer.scaling.main import main
@@ -350,7 +351,7 @@ def test_law_of_six_real_runs(
     folders = []
     for steps in (60, 100, 160, 250, 400, 600, 900):
         config = make_config(
-            data=(text,),
+            data=(DataSource(place=str(text)),),
             output=tmp_path / str(steps),
             steps=steps,
             # A random teacher has nothing to teach.
