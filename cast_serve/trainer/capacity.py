@@ -12,6 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from cast_serve.trainer.config import RunConfig
+from cast_serve.trainer.distill import chunk_tokens
+from cast_serve.trainer.head import returns_its_head
 from cast_serve.trainer.layers import choose_layers, decoder_blocks
 
 # AdamS reads w, g, mu, nu and a byte of mask and writes w, mu, nu, all fp32.
@@ -34,15 +36,30 @@ class Shape:
         parameters: of the student, scales included.
         matmul: that every token is multiplied with: all linears, and lm_head.
         sparse: that get a mask.
-        largest_block: of the largest decoder block, or of the embeddings where they are more.
+        blocks: of all decoder blocks.
+        largest: of the largest one.
+        plain_head: the loss is computed inside of the output head (head.py).
     """
 
     parameters: int
     matmul: int
     sparse: int
-    largest_block: int
+    blocks: int
+    largest: int
     layers: int
     hidden: int
+    vocabulary: int
+    plain_head: bool
+
+    @property
+    def head(self) -> int:
+        """Of the output head."""
+        return self.vocabulary * self.hidden
+
+    @property
+    def largest_unit(self) -> int:
+        """Of what a sharded model puts together at once: a block, or all that is in none."""
+        return max(self.largest, self.parameters - self.blocks)
 
     @classmethod
     def of(cls, model: PreTrainedModel, config: RunConfig) -> "Shape":
@@ -52,14 +69,19 @@ class Shape:
         sparse = [choice for choice in choices if choice.dense_because is None]
         blocks = [sum(p.numel() for p in block.parameters()) for block in decoder_blocks(model)]
         parameters = sum(p.numel() for p in model.parameters())
-        head = text.vocab_size * text.hidden_size
+        learned = config.scaling_blocks if config.learns_scales else 0
         return cls(
-            parameters=parameters + sum(one.rows * config.scaling_blocks for one in sparse),
-            matmul=sum(blocks) + head,
+            parameters=parameters + sum(one.rows * learned for one in sparse),
+            matmul=sum(blocks) + text.vocab_size * text.hidden_size,
             sparse=sum(choice.numel for choice in sparse),
-            largest_block=max(*blocks, parameters - sum(blocks)),
+            blocks=sum(blocks),
+            largest=max(blocks),
             layers=text.num_hidden_layers,
             hidden=text.hidden_size,
+            vocabulary=text.vocab_size,
+            # A model on the meta device cannot be run to find out.
+            plain_head=config.loss != "logits"
+            and (model.device.type == "meta" or returns_its_head(model)),
         )
 
 
@@ -102,7 +124,7 @@ class Memory:
 
 
 def memory(shape: Shape, config: RunConfig, *, context: int, processes: int) -> Memory:
-    """What one of `processes` needs."""
+    """What one of `processes` needs; activations are a rough upper estimate."""
     shards = processes if config.parallel == "fsdp" else 1
     width = 2 if config.compute == "bf16" else 4
     tokens = config.batch_size * context
@@ -112,21 +134,52 @@ def memory(shape: Shape, config: RunConfig, *, context: int, processes: int) -> 
     # Of the blocks whose backward pass is still to come: A * W in fp32, and rounded.
     scaled = shape.sparse
     if config.gradient_checkpointing:
-        scaled = min(scaled, shape.largest_block)
-    at_once = _BLOCKS_AT_ONCE * shape.largest_block if shards > 1 else 0
+        scaled = min(scaled, shape.largest)
+    at_once = _BLOCKS_AT_ONCE * shape.largest_unit if shards > 1 else 0
+    moments = "AdamS moments" if config.method == "cast" else "AdamW moments"
     state = {
         "fp32 master weights": 4 * shape.parameters // shards,
         "fp32 gradients": 4 * shape.parameters // shards,
-        "AdamS moments": 8 * shape.parameters // shards,
+        moments: 8 * shape.parameters // shards,
         "masks": shape.sparse // shards,
-        "teacher": width * shape.parameters // shards if config.eta else 0,
     }
     work = {
-        "blocks put together": at_once * (4 + 4 + (width if config.eta else 0)),
+        "blocks put together": at_once * (4 + 4),
         "scaled weights for the backward pass": scaled * (4 if width == 4 else 4 + width),
+        **_loss(shape, config, tokens=tokens, width=width),
         "activations (rough)": kept * tokens * shape.hidden * width,
     }
-    return Memory(gpu=work, host=state) if config.offload else Memory(gpu=state | work, host={})
+    on_gpu, on_host = _teacher(shape, config, shards=shards, width=width)
+    if config.offload:
+        return Memory(gpu=work | {"teacher": on_gpu}, host=state | {"teacher": on_host})
+    return Memory(gpu=state | {"teacher": on_gpu} | work, host={"teacher": on_host})
+
+
+def _teacher(shape: Shape, config: RunConfig, *, shards: int, width: int) -> tuple[int, int]:
+    """Bytes on one GPU and in host memory."""
+    if not config.eta or config.teacher == "cached":
+        return 0, 0
+    slices, outside = shape.blocks // shards, shape.parameters - shape.blocks
+    # Two blocks have room on the device, whose weights are in slices or in host memory.
+    room = _BLOCKS_AT_ONCE * shape.largest
+    if config.teacher == "offload" or config.offload:
+        return width * (room + outside), width * slices
+    return width * (slices + outside + (room if shards > 1 else 0)), 0
+
+
+def _loss(shape: Shape, config: RunConfig, *, tokens: int, width: int) -> dict[str, int]:
+    """Bytes of the logits of a chunk and the head's gradient, or of whole logits."""
+    models = 2 if config.eta and config.teacher != "cached" else 1
+    if not shape.plain_head:
+        # And the gradient.
+        return {"logits": (models + 1) * tokens * shape.vocabulary * width}
+    chunk = chunk_tokens(tokens, vocab=shape.vocabulary, hidden=shape.hidden)
+    # Where no kernel works in place, 7 fp32 blocks: logits, log-softmaxes, products, gradient.
+    blocks = 7 * 4 if config.teacher == "cached" or width == 4 else models * width
+    return {
+        "logits of a chunk": blocks * chunk * shape.vocabulary,
+        "gradient of the head": 4 * shape.head,
+    }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -70,10 +70,9 @@ def main(arguments: Sequence[str]) -> int:
     given = build_parser().parse_args(arguments)
     # Slow to import.
     from rich.console import Console
-    from rich.table import Table
 
     from cast_serve.trainer.capacity import GPUS, Shape, empty_model, memory, speed
-    from cast_serve.trainer.report import size
+    from cast_serve.trainer.report import memory_table, size
 
     if given.gpu not in GPUS:
         raise RunError(f"gpu: {given.gpu!r} is not known; there is {', '.join(GPUS)}")
@@ -88,17 +87,11 @@ def main(arguments: Sequence[str]) -> int:
     console = Console(highlight=False)
     on_gpu, on_host = sum(needed.gpu.values()), sum(needed.host.values()) * given.processes
     fits = on_gpu <= _USABLE * gpu.memory
-    table = Table(title=f"memory of one {gpu.name}, estimated", title_justify="left")
-    table.add_column("part")
-    table.add_column("bytes", justify="right")
-    for part, count in needed.gpu.items():
-        if count:
-            table.add_row(part, size(count, "B"))
     verdict = "fits" if fits else "does not fit"
-    table.add_row(f"total: {verdict} into {size(gpu.memory, 'B')}", size(on_gpu, "B"))
+    title = f"memory of one {gpu.name} of {size(gpu.memory, 'B')}, estimated: {verdict}"
+    console.print(memory_table(needed, title=title))
     if on_host:
-        table.add_row(f"host memory for {given.processes} of them", size(on_host, "B"))
-    console.print(table)
+        console.print(f"host memory for {given.processes} of them: {size(on_host, 'B')}")
     hours = given.tokens / pace.tokens_per_s / 3600
     figures = {
         "model": given.model,

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
+from cast_serve.trainer.capacity import Memory, Shape, memory
 from cast_serve.trainer.config import (
     DEFAULT_ADAMW_LR,
     HIGHEST_DEFAULT_LR,
@@ -20,9 +22,7 @@ from cast_serve.trainer.config import (
     RunConfig,
 )
 from cast_serve.trainer.data import Corpus
-from cast_serve.trainer.distill import chunk_tokens
 from cast_serve.trainer.errors import RunError
-from cast_serve.trainer.head import loss_head
 from cast_serve.trainer.layers import LayerChoice
 from cast_serve.trainer.masks import Progress, progress, weight_mask
 from cast_serve.trainer.schedule import Schedule
@@ -59,7 +59,7 @@ class Plan:
     magnitudes: Progress
     # None for a method other than cast.
     travel: float | None
-    memory: dict[str, int]
+    memory: Memory
     # Bytes on disk of a cached teacher.
     teacher_disk: int
     # Empty where all sources are read in full.
@@ -131,7 +131,6 @@ def make_plan(
     train_blocks: int,
     eval_blocks: int,
     evaluated_on: str,
-    teacher_bytes: int,
     lambda_: float | None,
     processes: int = 1,
     sources: tuple[PlannedSource, ...] = (),
@@ -163,7 +162,7 @@ def make_plan(
         lambda_=lambda_,
         magnitudes=magnitudes,
         travel=_travel(lr, schedule, magnitudes.masked) if config.method == "cast" else None,
-        memory=_memory(config, model, sparse, context=context, teacher_bytes=teacher_bytes),
+        memory=memory(Shape.of(model, config), config, context=context, processes=processes),
         sources=sources,
         teacher_disk=cache_bytes(
             model,
@@ -214,61 +213,7 @@ def _masked_weights(
     model: PreTrainedModel, sparse: list[LayerChoice], config: RunConfig
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     for choice in sparse:
-        weight = model.get_submodule(choice.name).weight
-        assert isinstance(weight, torch.Tensor)
-        input_dim = 1 if weight.shape == (choice.rows, choice.columns) else 0
-        yield weight, weight_mask(weight, config.nm, input_dim=input_dim)
-
-
-def _memory(
-    config: RunConfig,
-    model: PreTrainedModel,
-    sparse: list[LayerChoice],
-    *,
-    context: int,
-    teacher_bytes: int,
-) -> dict[str, int]:
-    """Bytes at the peak of a step, by part; activations are a rough upper estimate."""
-    total = sum(p.numel() for p in model.parameters())
-    total += sum(choice.rows * config.scaling_blocks for choice in sparse)
-    width = 2 if config.compute == "bf16" else 4
-    text = model.config.get_text_config()
-    tokens = config.batch_size * context
-    # 34 activations of the hidden size a layer (Korthikanti et al. 2022, without attention
-    # scores), or one with recomputation plus the layer at work.
-    kept = (
-        text.num_hidden_layers + 34
-        if config.gradient_checkpointing
-        else 34 * text.num_hidden_layers
-    )
-    sparse_count = sum(choice.numel for choice in sparse)
-    return {
-        "fp32 master weights": 4 * total,
-        "fp32 gradients": 4 * total,
-        f"{'AdamS' if config.method == 'cast' else 'AdamW'} moments": 8 * total,
-        "masks": sparse_count,
-        "scaled weights for the backward pass": width * sparse_count,
-        "teacher": teacher_bytes,
-        **_loss_memory(config, model, tokens=tokens, width=width),
-        "activations (rough)": kept * tokens * text.hidden_size * width,
-    }
-
-
-def _loss_memory(
-    config: RunConfig, model: PreTrainedModel, *, tokens: int, width: int
-) -> dict[str, int]:
-    """Bytes of the loss: the logits of a chunk and the head's gradient, or whole logits."""
-    text = model.config.get_text_config()
-    models = 2 if config.eta and config.teacher != "cached" else 1
-    if loss_head(model) is None:
-        # And the gradient.
-        return {"logits": (models + 1) * tokens * text.vocab_size * width}
-    head = model.get_output_embeddings().weight
-    vocab, hidden = head.shape
-    chunk = chunk_tokens(tokens, vocab=vocab, hidden=hidden)
-    # Where no kernel works in place, 7 fp32 blocks: logits, log-softmaxes, products, gradient.
-    blocks = 7 * 4 if config.teacher == "cached" or width == 4 else models * width
-    return {
-        "logits of a chunk": blocks * chunk * vocab,
-        "gradient of the head": 4 * head.numel(),
-    }
+        layer = model.get_submodule(choice.name)
+        assert isinstance(layer.weight, torch.Tensor)
+        input_dim = 0 if isinstance(layer, Conv1D) else 1
+        yield layer.weight, weight_mask(layer.weight, config.nm, input_dim=input_dim)

@@ -6,6 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from cast_serve.trainer.capacity import Memory
 from cast_serve.trainer.config import TRAVEL_ADVISED, TRAVEL_REFUSED, RunConfig
 from cast_serve.trainer.layers import LayerChoice
 from cast_serve.trainer.methods.baselines import AST_DECAY, SR_STE_DECAY
@@ -129,11 +130,19 @@ def _teacher(plan: Plan, config: RunConfig) -> str:
 
 
 def _memory(plan: Plan) -> Table:
-    table = Table(title="memory at the peak of a step, estimated", title_justify="left")
+    where = "a process" if plan.processes > 1 else "the process"
+    return memory_table(plan.memory, title=f"memory of {where} at the peak of a step, estimated")
+
+
+def memory_table(memory: Memory, *, title: str) -> Table:
+    """Bytes by part."""
+    table = Table(title=title, title_justify="left")
     table.add_column("part")
     table.add_column("bytes", justify="right")
-    for part, count in plan.memory.items():
+    for part, count in memory.gpu.items():
         if count:
             table.add_row(part, size(count, "B"))
-    table.add_row("total", size(sum(plan.memory.values()), "B"), style="bold")
+    table.add_row("total", size(sum(memory.gpu.values()), "B"), style="bold")
+    if on_host := sum(memory.host.values()):
+        table.add_row("in host memory", size(on_host, "B"))
     return table

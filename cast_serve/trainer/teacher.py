@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from cast_serve.trainer.config import RunConfig
 from cast_serve.trainer.distill import Projection
 from cast_serve.trainer.head import loss_head
-from cast_serve.trainer.layers import compile_blocks, decoder_blocks, without_blocks
+from cast_serve.trainer.layers import compile_blocks, without_blocks
 from cast_serve.trainer.objective import logits_of
 from cast_serve.trainer.parallel import shard_blocks
 from cast_serve.trainer.processes import Processes
@@ -65,17 +65,6 @@ def make_teacher(model: PreTrainedModel, config: RunConfig, processes: Processes
     else:
         twin.to(processes.device)  # type: ignore[arg-type]  # hidden by a decorator
     return Teacher(twin)
-
-
-def teacher_bytes(model: PreTrainedModel, config: RunConfig) -> int:
-    """Bytes on the device during training."""
-    if not config.eta or config.teacher == "cached":
-        return 0
-    count = sum(p.numel() for p in model.parameters())
-    if config.teacher == "offload":
-        sizes = [sum(p.numel() for p in block.parameters()) for block in decoder_blocks(model)]
-        count += 2 * max(sizes) - sum(sizes)
-    return count * (2 if config.compute == "bf16" else 4)
 
 
 def _offload_(model: PreTrainedModel, device: torch.device) -> None:

@@ -47,7 +47,7 @@ from cast_serve.trainer.run_dir import (
     write_run,
 )
 from cast_serve.trainer.source import Source, context_length, load_empty_source, load_source
-from cast_serve.trainer.teacher import make_teacher, teacher_bytes
+from cast_serve.trainer.teacher import make_teacher
 from cast_serve.trainer.teacher_cache import CachedStream, Origin, TeacherCache, sequences_of
 
 _TRAINING_FORM = "training-form"
@@ -127,7 +127,6 @@ def _plan(
         train_blocks=corpus.train_blocks,
         eval_blocks=len(corpus.evaluation),
         evaluated_on=corpus.evaluated_on,
-        teacher_bytes=teacher_bytes(source.model, config),
         lambda_=fixed.lambda_ if fixed else config.lambda_,
         processes=processes.count,
         sources=planned_sources(corpus),

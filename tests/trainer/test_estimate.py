@@ -1,5 +1,6 @@
 """Estimates of memory and time, against what is known of models and what a small run holds."""
 
+import dataclasses
 import json
 
 import pytest
@@ -68,9 +69,29 @@ def test_two_shards_are_half_each(make_config, tiny_models):
     shape = Shape.of(tiny_models["llama"](), one)
     whole = memory(shape, one, context=32, processes=2).gpu
     half = memory(shape, two, context=32, processes=2).gpu
-    for part in ("fp32 master weights", "AdamS moments", "masks", "teacher"):
+    for part in ("fp32 master weights", "AdamS moments", "masks"):
         assert half[part] == whole[part] // 2
     assert half["blocks put together"] > whole["blocks put together"] == 0
+
+
+def test_where_the_teacher_lives(make_config, tiny_models):
+    model = tiny_models["llama"](num_hidden_layers=6)
+    blocks = [sum(p.numel() for p in block.parameters()) for block in model.model.layers]
+    total = sum(p.numel() for p in model.parameters())
+
+    def bytes_of(**changes: object) -> tuple[int, int]:
+        config = make_config(compute="bf16", **changes)
+        shape = dataclasses.replace(Shape.of(model, config), parameters=total)
+        needed = memory(shape, config, context=32, processes=1)
+        return needed.gpu["teacher"], needed.host["teacher"]
+
+    assert bytes_of() == (2 * total, 0)
+    assert bytes_of(teacher="offload") == (
+        2 * (total - sum(blocks) + 2 * blocks[0]),
+        2 * sum(blocks),
+    )
+    assert bytes_of(teacher="cached") == (0, 0)
+    assert bytes_of(eta=0.0) == (0, 0)
 
 
 def test_speed_is_arithmetic_at_the_share_of_the_peak(make_config, tiny_models):

@@ -31,7 +31,6 @@ def plan_of(make_config, tiny_models):
             train_blocks=100,
             eval_blocks=2,
             evaluated_on="held-out",
-            teacher_bytes=0,
             lambda_=config.lambda_,
         )
 

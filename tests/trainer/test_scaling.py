@@ -368,8 +368,8 @@ def test_law_of_six_real_runs(
     longest = read_runs([Path(folders[6])])[0]
     law = Law(**results["constants"])
     assert longest.parameters == sum(p.numel() for p in tiny_parameters(make_config()))
-    assert law.loss(longest.parameters, longest.tokens) == pytest.approx(longest.loss, rel=0.05)
-    assert results["residual"] < 0.03
+    assert law.loss(longest.parameters, longest.tokens) == pytest.approx(longest.loss, rel=0.1)
+    assert results["residual"] < 0.05
 
 
 def tiny_parameters(config: RunConfig) -> Iterable[torch.Tensor]:

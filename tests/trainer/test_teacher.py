@@ -9,7 +9,7 @@ from cast_serve.trainer.head import put_loss_head
 from cast_serve.trainer.layers import blocks_name
 from cast_serve.trainer.offload import OffloadedBlocks
 from cast_serve.trainer.processes import ALONE
-from cast_serve.trainer.teacher import make_teacher, teacher_bytes
+from cast_serve.trainer.teacher import make_teacher
 
 CPU = torch.device("cpu")
 
@@ -88,15 +88,3 @@ def test_teacher_is_a_frozen_copy(tiny_models, make_config, ids):
     assert torch.equal(teacher.targets(ids).rows(slice(None)), said)
     assert not any(p.requires_grad for p in teacher.model.parameters())
     assert all(torch.equal(before[key], value) for key, value in teacher.model.state_dict().items())
-
-
-def test_teacher_bytes(tiny_models, make_config):
-    model = tiny_models["llama"](num_hidden_layers=6)
-    total = sum(p.numel() for p in model.parameters())
-    block = sum(p.numel() for p in model.model.layers[0].parameters())
-    assert teacher_bytes(model, make_config()) == 4 * total
-    assert teacher_bytes(model, make_config(compute="bf16", teacher="offload")) == 2 * (
-        total - 4 * block
-    )
-    assert teacher_bytes(model, make_config(teacher="cached")) == 0
-    assert teacher_bytes(model, make_config(eta=0.0)) == 0

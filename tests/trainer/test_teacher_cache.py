@@ -221,7 +221,7 @@ def test_plan_shows_the_size(make_config, capsys):
     train.run(config, Console(width=160))
     shown = capsys.readouterr().out
     assert f"top 64 tokens cached, {8 * (32 * 260 + 32) / 1e3:.3g} kB on disk" in shown
-    memory = shown[shown.index("memory at the peak") :]
+    memory = shown[shown.index("memory of the process") :]
     assert "teacher" not in memory
 
 
