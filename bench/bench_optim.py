@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cast_serve.bench import environment
+from cast_serve.bench.decoders import DECODERS, SMALL, Decoder
 from cast_serve.bench.paths import RESULTS, known
 from cast_serve.bench.result_file import ResultFile, positive, read
 from cast_serve.bench.shapes import find_named
@@ -44,35 +45,6 @@ BURST = 10
 WARM_UP = 3
 # Read w, g, m, v; write w, m, v. AdamS also reads a mask of one byte.
 ADAMW_BYTES, MASK_BYTES, REFRESH_BYTES = 28, 1, 6
-
-
-@dataclass(frozen=True, kw_only=True)
-class Decoder:
-    """A Llama's dimensions, as in its config.json, with tied embeddings."""
-
-    name: str
-    layers: int
-    hidden: int
-    intermediate: int
-    kv: int
-    vocab: int
-
-    def linears(self) -> list[tuple[int, int]]:
-        """[N, K] of the weights that are sparsified."""
-        h, f = self.hidden, self.intermediate
-        return [(h, h), (self.kv, h), (self.kv, h), (h, h), (f, h), (f, h), (h, f)] * self.layers
-
-    def rest(self) -> list[tuple[int, ...]]:
-        """Shapes of what stays dense: embedding, norms, two scales a row."""
-        norms = [(self.hidden,)] * (2 * self.layers + 1)
-        return [(self.vocab, self.hidden), *norms, *((rows, 2) for rows, _ in self.linears())]
-
-
-DECODERS = (
-    Decoder(name="SmolLM2-135M", layers=30, hidden=576, intermediate=1536, kv=192, vocab=49152),
-    Decoder(name="Llama-3.2-1B", layers=16, hidden=2048, intermediate=8192, kv=512, vocab=128256),
-)
-SMALL = Decoder(name="small", layers=1, hidden=64, intermediate=128, kv=32, vocab=256)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ COMMANDS = {
     "throughput": "many requests without a server, dense vLLM and cast-serve",
     "load": "what loading takes, dense vLLM and cast-serve",
     "optim": "a step of AdamS against AdamW, fused",
+    "train": "a training step of CAST against plain fine-tuning",
     "serve": "the OpenAI-compatible server, dense vLLM and cast-serve",
 }
 

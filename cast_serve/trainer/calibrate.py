@@ -38,7 +38,8 @@ def measure_lambda(gradient: Gradient) -> float:
             if layer.weight.grad is not None:
                 grad = layer.weight.grad
                 found = grad.square().sum(dtype=torch.float64)
-                square += found.full_tensor() if isinstance(found, DTensor) else found
+                found = found.full_tensor() if isinstance(found, DTensor) else found
+                square += found.to(square.device)
         gradient.model.zero_grad(set_to_none=True)
     count = _STEPS * sum(layer.weight.numel() for layer in layers)
     rms = math.sqrt(square.item() / count)

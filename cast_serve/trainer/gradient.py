@@ -78,7 +78,8 @@ class Gradient:
             clip_grads_with_norm_(
                 (p for p in self.model.parameters() if p.grad is not None), self.config.clip, norm
             )
-        return norm
+        # Offloaded gradients are in host memory.
+        return norm.to(self.processes.device)
 
     def _read(self, place: int) -> dict[str, torch.Tensor]:
         first = place * self.config.batch_size
