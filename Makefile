@@ -22,7 +22,7 @@ test-slow: setup
 
 # Without an NVIDIA GPU they skip, and say so.
 gpu-test: setup
-	.venv/bin/python -m pytest -m gpu -rs tests/kernels tests/engine $(TEST_FLAGS)
+	.venv/bin/python -m pytest -m gpu -rs tests/kernels tests/engine tests/trainer $(TEST_FLAGS)
 
 # Needs an NVIDIA GPU; writes bench/results and the table of kernels/README.md.
 bench: setup

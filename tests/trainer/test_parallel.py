@@ -79,12 +79,18 @@ def alone(llama_dir, text_file, tmp_path_factory) -> Path:
     return output
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_are_one_with_twice_the_batch(
-    alone, llama_dir, text_file, tmp_path, parallel
-):
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(["--parallel", "ddp"], id="ddp"),
+        pytest.param(["--parallel", "fsdp"], id="fsdp"),
+        pytest.param(["--parallel", "fsdp", "--offload"], id="fsdp offloaded"),
+        pytest.param(["--parallel", "fsdp", "--teacher", "offload"], id="fsdp, teacher offloaded"),
+    ],
+)
+def test_two_processes_are_one_with_twice_the_batch(alone, llama_dir, text_file, tmp_path, flags):
     output = tmp_path / "out"
-    said = ended_well(start(2, llama_dir, text_file, output, parallel=parallel))
+    said = ended_well(start(2, llama_dir, text_file, output, *flags))
     assert_alike(output, alone)
     # The first process alone talks and writes.
     assert len(re.findall("wrote ", said)) == 1
