@@ -16,24 +16,20 @@ Writes    optim-GPU.json under --out; on a CPU only where --out is given. The la
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from cast_serve.bench import environment
-from cast_serve.bench.decoders import DECODERS, SMALL, Decoder
-from cast_serve.bench.paths import RESULTS, known
-from cast_serve.bench.result_file import ResultFile, positive, read
-from cast_serve.bench.shapes import find_named
+from cast_serve.bench.by_model import add_common_arguments, find_device, find_models, run
+from cast_serve.bench.decoders import Decoder
+from cast_serve.bench.result_file import positive
 from cast_serve.bench.timing import Timing, copy_gbps
 from cast_serve.kernels.measure import stream_time_us
 from cast_serve.trainer.config import Pattern
@@ -95,19 +91,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="cast-bench optim", description="Time a step of AdamS against torch's AdamW."
     )
-    names = ",".join(model.name for model in DECODERS)
-    parser.add_argument("--models", metavar="A,B", help=f"of {names}, small; default: those two")
+    add_common_arguments(parser)
     parser.add_argument(
         "--repeats", type=int, default=50, metavar="N", help=f"times {BURST} steps of each"
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default on a GPU: bench/results")
-    parser.add_argument("--commit", help="for a checkout without git")
     given = parser.parse_args(arguments)
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-    chosen = given.models or (names if on_gpu else SMALL.name)
+    device = find_device()
+    on_gpu = device.type == "cuda"
     try:
-        models = [find_named(name, (*DECODERS, SMALL)) for name in chosen.split(",")]
+        models = find_models(given.models, device)
         if given.repeats < 2:
             raise ValueError(f"--repeats {given.repeats}: needs 2 or more")
     except ValueError as error:
@@ -116,26 +108,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     copy_rate = copy_gbps(device) if on_gpu else 0.0
     env = environment.describe(device if on_gpu else None, commit=given.commit)
     env["copy_gbps"] = copy_rate
-    out = given.out or (RESULTS if on_gpu else None)
-    path = out / f"optim-{environment.slug(env['gpu'])}.json" if out else None
-    results = ResultFile[Row]()
-    if path is not None and known(path).exists():
-        results = read(known(path), Row, fault)
-    console = Console(width=140, highlight=False)
-    measured: list[Row] = []
-    for model in models:
-        rows = measure(model, device, repeats=given.repeats, copy_rate=copy_rate, run=env["run"])
-        console.print(show(rows))
-        measured += rows
-        if path is not None:
-            results = results.merge(env, rows)
-            results.save(path)
-    print(json.dumps(summarize(env, measured) | {"files": [str(path)] if path else []}))
+    run(
+        "optim",
+        models,
+        env,
+        row_type=Row,
+        fault=fault,
+        measure=partial(
+            measure, device=device, repeats=given.repeats, copy_rate=copy_rate, run=env["run"]
+        ),
+        show=show,
+        summarize=summarize,
+        device=device,
+        out=given.out,
+    )
     return 0
 
 
 def measure(
-    model: Decoder, device: torch.device, *, repeats: int, copy_rate: float, run: str
+    model: Decoder, *, device: torch.device, repeats: int, copy_rate: float, run: str
 ) -> list[Row]:
     """The rows of a model: every way to make a step that this device has."""
     sparse = [_parameter(shape, device) for shape in model.linears()]

@@ -18,7 +18,6 @@ Writes    train-GPU.json under --out; on a CPU only where --out is given. The la
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -28,15 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cast_serve.bench import environment
-from cast_serve.bench.decoders import DECODERS, SMALL, Decoder
-from cast_serve.bench.paths import RESULTS, known
-from cast_serve.bench.result_file import ResultFile, positive, read
-from cast_serve.bench.shapes import find_named
+from cast_serve.bench.by_model import add_common_arguments, find_device, find_models, run
+from cast_serve.bench.decoders import Decoder
+from cast_serve.bench.result_file import positive
 from cast_serve.trainer.capacity import GPUS, Shape, flops_per_token, memory
 from cast_serve.trainer.config import RunConfig
 from cast_serve.trainer.data import BlockStream
@@ -100,20 +97,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="cast-bench train", description="Time a training step of CAST and of fine-tuning."
     )
-    names = ",".join(model.name for model in DECODERS)
-    parser.add_argument("--models", metavar="A,B", help=f"of {names}, small; default: those two")
+    add_common_arguments(parser)
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="sequences")
     parser.add_argument("--context", type=int, default=1024, metavar="N", help="tokens of each")
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="that are timed")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None)
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default on a GPU: bench/results")
-    parser.add_argument("--commit", help="for a checkout without git")
     given = parser.parse_args(arguments)
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-    chosen = given.models or (names if on_gpu else SMALL.name)
+    device = find_device()
+    on_gpu = device.type == "cuda"
     try:
-        models = [find_named(name, (*DECODERS, SMALL)) for name in chosen.split(",")]
+        models = find_models(given.models, device)
         for flag in ("batch_size", "context", "steps"):
             if getattr(given, flag) < 2:
                 raise ValueError(f"--{flag.replace('_', '-')}: needs 2 or more")
@@ -121,12 +114,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"bench_train: {error}", file=sys.stderr)
         return 2
     env = environment.describe(device if on_gpu else None, commit=given.commit)
-    out = given.out or (RESULTS if on_gpu else None)
-    path = out / f"train-{environment.slug(env['gpu'])}.json" if out else None
-    results = ResultFile[Row]()
-    if path is not None and known(path).exists():
-        results = read(known(path), Row, fault)
-    console = Console(width=140, highlight=False)
     config = RunConfig(
         model=Path("random"),
         data=(DataSource(place="random.txt"),),
@@ -137,18 +124,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         compute="bf16",
         compile=on_gpu if given.compile is None else given.compile,
     )
-    measured: list[Row] = []
-    for model in models:
-        rows = [
+
+    def both(model: Decoder) -> list[Row]:
+        return [
             measure(model, method, config, device, steps=given.steps, env=env)
             for method in (PLAIN, CAST)
         ]
-        console.print(show(rows))
-        measured += rows
-        if path is not None:
-            results = results.merge(env, rows)
-            results.save(path)
-    print(json.dumps(summarize(env, measured) | {"files": [str(path)] if path else []}))
+
+    run(
+        "train",
+        models,
+        env,
+        row_type=Row,
+        fault=fault,
+        measure=both,
+        show=show,
+        summarize=summarize,
+        device=device,
+        out=given.out,
+    )
     return 0
 
 
@@ -173,7 +167,7 @@ def measure(
         torch.cuda.reset_peak_memory_stats()
     whole = statistics.median(clock.ms(training.run) for _ in range(steps))
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-    parts = {name: [] for name in ("gradient", "clip", "optimizer")}  # type: dict[str, list[float]]
+    parts: dict[str, list[float]] = {"gradient": [], "clip": [], "optimizer": []}
     for _ in range(steps):
         parts["gradient"].append(clock.ms(training.gradient))
         parts["clip"].append(clock.ms(training.clip))

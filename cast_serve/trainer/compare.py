@@ -239,6 +239,6 @@ def _run(job: Job, console: Console) -> None:
         run(replace(job.config, resume=started), console)
     else:
         prune_without_training(job.config)
-    # A Trainer is part of reference cycles, and holds its model and optimizer on the GPU.
+    # Hooks make reference cycles of models, which would stay on the GPU.
     gc.collect()
     torch.cuda.empty_cache()

@@ -42,7 +42,7 @@ def write_training_form(
         ignore: linear layers that stay dense.
     """
     model.save_pretrained(target, state_dict=_untied(model, weights))
-    # The source's own config: the one in memory carries the Trainer's changes (use_cache).
+    # The source's own config: transformers adds its defaults to the one in memory.
     quantization = {
         "quant_method": "cast",
         "format": "training",
