@@ -2,17 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cast_serve.kernels.packing import unpack
 from cast_serve.model_loaders.checkpoint import Checkpoint
@@ -20,6 +13,7 @@ from cast_serve.model_loaders.layers import is_transposed
 from cast_serve.model_loaders.rewrite import kept_slots
 from cast_serve.model_loaders.stream import PackedLinear, stream
 from cast_serve.trainer.errors import RunError
+from cast_serve.trainer.from_weights import build_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +65,7 @@ def load_sparse(folder: Path) -> SparseSource:
         raise RunError(
             f"model: {folder} has no 2:4 layer; prune it first: cast-train or `cast-model prune`"
         )
-    model, tokenizer = _build(folder, weights)
+    model, tokenizer = build_model(folder, weights)
     names = _match(folder, model, weights)
     masks = {
         names[f"{name}.weight"].removesuffix(".weight"): kept for name, kept in bitmasks.items()
@@ -84,32 +78,6 @@ def load_sparse(folder: Path) -> SparseSource:
         names=names,
         dtype=dtypes[0],
     )
-
-
-def _build(
-    folder: Path, weights: dict[str, torch.Tensor]
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        # The weights are dense by now; transformers knows no quant_method "cast".
-        for holder in (config, config.get_text_config()):
-            if hasattr(holder, "quantization_config"):
-                del holder.quantization_config
-        # Only a class can be given weights in place of a folder.
-        with torch.device("meta"):
-            kind: Any = type(AutoModelForCausalLM.from_config(config))
-        model, loading = kind.from_pretrained(
-            None, config=config, state_dict=weights, dtype=torch.float32, output_loading_info=True
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise RunError(f"model: cannot load {folder}: {reason}") from error
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    missing = {name for name in loading["missing_keys"] if name not in tied}
-    if missing:
-        raise RunError(f"model: {folder} is incomplete: {min(missing)} is missing")
-    return model, tokenizer
 
 
 def _match(

@@ -7,25 +7,17 @@ cast, compressed-tensors   model_loaders reads it, 2:4 layers are unpacked, and 
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cast_serve.kernels.packing import unpack
 from cast_serve.model_loaders.checkpoint import CONFIG, Checkpoint
 from cast_serve.model_loaders.formats import Format, recognise
 from cast_serve.model_loaders.layers import WEIGHT, find_layers, is_transposed
 from cast_serve.model_loaders.stream import PackedLinear, stream
-from cast_serve.trainer.errors import RunError
-from cast_serve.trainer.source import load_source, read_config, require_whole
+from cast_serve.trainer.from_weights import build_model
+from cast_serve.trainer.source import load_source, read_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,29 +41,11 @@ def load_checkpoint(folder: Path, *, dtype: torch.dtype) -> Loaded:
         source = load_source(folder)
         model, tokenizer = source.model, source.tokenizer
     else:
-        model, tokenizer = _load_sparse(folder)
+        model, tokenizer = build_model(folder, _dense_weights(Checkpoint.open(folder)))
     # Parameters alone: model.to(dtype) would round the rotary frequencies, which stay in fp32.
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return Loaded(model=model.eval(), tokenizer=tokenizer, form=form)
-
-
-def _load_sparse(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    weights = _dense_weights(Checkpoint.open(folder))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        config = _unquantized(AutoConfig.from_pretrained(folder, local_files_only=True))
-        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        # Not the constructor and load_state_dict: names may have changed between releases.
-        loaded = kind.from_pretrained(
-            None, config=config, state_dict=weights, dtype=torch.float32, output_loading_info=True
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise RunError(f"model: cannot load {folder}: {reason}") from error
-    model, loading = loaded
-    require_whole(folder, model, loading)
-    return model, tokenizer
 
 
 def _dense_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
@@ -87,12 +61,3 @@ def _dense_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
         else:
             weights[item.name] = item.tensor
     return weights
-
-
-def _unquantized(config: PretrainedConfig) -> PretrainedConfig:
-    """`config` without the declaration that would send transformers to a quantizer."""
-    for holder in (config, config.get_text_config()):
-        for key in ("quantization_config", "compression_config"):
-            if hasattr(holder, key):
-                delattr(holder, key)
-    return config

@@ -1,0 +1,49 @@
+"""A transformers model from the folder of a sparse checkpoint and its weights, already unpacked."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from cast_serve.trainer.errors import RunError
+from cast_serve.trainer.source import require_whole
+
+
+def build_model(
+    folder: Path, weights: dict[str, torch.Tensor]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model of `folder`'s config.json with `weights`, fp32, and its tokenizer.
+
+    Raises:
+        RunError: transformers knows no such model or tokenizer, or a weight is missing.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        config = _unquantized(AutoConfig.from_pretrained(folder, local_files_only=True))
+        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        # Not the constructor and load_state_dict: names may have changed between releases.
+        model, loading = kind.from_pretrained(
+            None, config=config, state_dict=weights, dtype=torch.float32, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise RunError(f"model: cannot load {folder}: {reason}") from error
+    require_whole(folder, model, loading)
+    return model, tokenizer
+
+
+def _unquantized(config: PretrainedConfig) -> PretrainedConfig:
+    """`config` without the declaration that would send transformers to a quantizer."""
+    for holder in (config, config.get_text_config()):
+        for key in ("quantization_config", "compression_config"):
+            if hasattr(holder, key):
+                delattr(holder, key)
+    return config
