@@ -3,7 +3,7 @@
 Memory is what must be there at the peak of a step, by part; activations and the allocator's waste
 are estimates. Speed is a roofline: a step takes as long as its arithmetic at a share of the GPU's
 peak (the MFU), or as its traffic between GPUs where that is longer, and then the optimizer's pass
-over its state. docs/cast-in-practice.md has both against measured runs.
+over its state. `cast-bench train` measures both.
 """
 
 from dataclasses import dataclass
@@ -66,7 +66,8 @@ class Shape:
         """The shape of a dense model, on any device, "meta" too."""
         text = model.config.get_text_config()
         choices = choose_layers(model, config.nm, scaling_blocks=config.scaling_blocks)
-        sparse = [choice for choice in choices if choice.dense_because is None]
+        prunes = config.method != "dense"
+        sparse = [choice for choice in choices if prunes and choice.dense_because is None]
         blocks = [sum(p.numel() for p in block.parameters()) for block in decoder_blocks(model)]
         parameters = sum(p.numel() for p in model.parameters())
         learned = config.scaling_blocks if config.learns_scales else 0

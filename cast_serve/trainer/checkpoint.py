@@ -6,7 +6,7 @@
 
 Written under `.staging`, flushed to disk and renamed, so a folder of this name is complete. It can
 be read by another number of processes than wrote it. Random numbers need no state: every forward
-pass seeds them from run, step and process (loop.py).
+pass seeds them from run, step and process (gradient.py).
 """
 
 import json
@@ -119,7 +119,11 @@ def _publish(staging: Path, target: Path, step: int, digests: dict[str, Any], ke
     except OSError as error:
         raise RunError(_cannot_save(run_dir, step, error)) from error
     for old in checkpoints(run_dir)[:-keep]:
-        shutil.rmtree(old)
+        # First the name: one that is half removed must not look complete.
+        doomed = old.with_name(f".{old.name}.old")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(old, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _flush(folder: Path) -> None:

@@ -8,6 +8,7 @@ The same command again runs what is missing: finished runs are kept, an interrup
 """
 
 import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -55,6 +56,8 @@ def main(arguments: Sequence[str]) -> int:
         RunError: a flag is wrong; or runs failed, and the others are in the results.
     """
     jobs = parse_jobs(arguments)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RunError("compare runs in one process: start it without torchrun")
     # Here, because transformers takes seconds to import and --help must not wait for it.
     from transformers.utils.logging import disable_progress_bar
 
@@ -202,6 +205,8 @@ def _job(
     config = replace(
         base,
         method=trained,
+        # Of cast alone; the other methods refuse it.
+        decay_ramp=base.decay_ramp if trained == "cast" else 1.0,
         initial_mask=mask or "magnitude",
         lr=lr,
         lambda_=decay,

@@ -12,6 +12,7 @@ from typing import Any
 
 from cast_serve.trainer.compare import Job
 from cast_serve.trainer.config import RunConfig
+from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.journal import read_history
 
 
@@ -46,6 +47,7 @@ def write_results(jobs: Sequence[Job], folder: Path) -> list[Row]:
 
     from cast_serve.bench.environment import describe
 
+    _require_same_text(jobs)
     rows = [read_row(job) for job in jobs]
     config = jobs[0].config
     evaluation = _record(config)["evaluation"]
@@ -65,6 +67,24 @@ def write_results(jobs: Sequence[Job], folder: Path) -> list[Row]:
     plot_curves(rows, folder / "perplexity.png")
     plot_final(rows, folder / "final.png")
     return rows
+
+
+def _require_same_text(jobs: Sequence[Job]) -> None:
+    """Refuse runs that were kept from before the files changed."""
+
+    def text(job: Job) -> tuple[object, ...]:
+        record = _record(job.config)
+        evaluation = record["evaluation"]
+        # The dense model's perplexity knows the evaluation's text; GPUs differ in the last digits.
+        dense = f"{evaluation['perplexity_dense']:.4g}"
+        return record["data"]["sha256"], evaluation["on"], evaluation["tokens"], dense
+
+    for job in jobs:
+        if text(job) != text(jobs[0]):
+            raise RunError(
+                f"output: {job.name} and {jobs[0].name} have seen different text: the files have "
+                "changed since; remove those runs, or name another folder"
+            )
 
 
 def read_row(job: Job) -> Row:

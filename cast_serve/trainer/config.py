@@ -321,6 +321,10 @@ class RunConfig:
                 "loss: liger needs the teacher's hidden states and teacher is cached; "
                 "use chunked, or teacher: resident"
             )
+        if self.teacher == "cached" and self.document_attention:
+            raise RunError(
+                "teacher: cached sees blocks as a whole; with document_attention use another"
+            )
         if self.teacher == "cached" and self.parallel == "fsdp":
             raise RunError("teacher: cached needs parallel=ddp; use offload with fsdp")
         if self.eta == 1 and self.lambda_ is None and self.method == "cast":

@@ -76,7 +76,7 @@ def main(arguments: Sequence[str]) -> int:
 
     if given.gpu not in GPUS:
         raise RunError(f"gpu: {given.gpu!r} is not known; there is {', '.join(GPUS)}")
-    if given.processes < 1 or not 0 < given.mfu <= 1 or given.tokens < 1:
+    if given.processes < 1 or not 0 < given.mfu <= 1 or not given.tokens >= 1:
         raise RunError("processes and tokens must be at least 1, and mfu above 0 and at most 1")
     gpu, config = GPUS[given.gpu], _run_config(given)
     shape = Shape.of(empty_model(_model_config(given.model)), config)

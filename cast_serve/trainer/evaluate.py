@@ -46,7 +46,8 @@ def mean_loss(
     training = model.training
     model.eval()
     objective, head = Objective(eta=0.0), loss_head(model)
-    device = next(model.parameters()).device
+    # An offloaded model's parameters are in host memory, its work is not.
+    device = processes.device if processes.count > 1 else next(model.parameters()).device
     own = windows[processes.rank :: processes.count]
     total = torch.zeros((), dtype=torch.float64, device=device)
     # A sharded model needs every process in every pass, also one that has no window left.

@@ -19,6 +19,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from cast_serve.trainer.errors import RunError
+
 _FILE = "log.jsonl"
 
 
@@ -43,7 +45,7 @@ class Journal:
     def __init__(self, run_dir: Path, console: Console, *, done: int, steps: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        kept = [entry for entry in read_history(run_dir) if entry["step"] <= done]
+        kept = [entry for entry in read_history(run_dir) if done and entry["step"] <= done]
         staging = run_dir / f"{_FILE}.part"
         staging.write_text("".join(map(_line, kept)), encoding="utf-8")
         os.replace(staging, run_dir / _FILE)
@@ -82,8 +84,14 @@ class Journal:
 
     def write(self, step: int, figures: dict[str, float]) -> None:
         """Add an entry; without a terminal it is a line of output, too."""
-        self._file.write(_line({"step": step, **figures}))
-        self._file.flush()
+        try:
+            self._file.write(_line({"step": step, **figures}))
+            self._file.flush()
+        except OSError as error:
+            raise RunError(
+                f"output: cannot write {self._file.name} ({error.strerror}); make room and "
+                "continue with --resume"
+            ) from error
         for name, value in figures.items():
             self._board.add_scalar(name, value, step)
         shown = _shown(figures)

@@ -98,7 +98,7 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._sums += torch.cat((parts, norm.reshape(1)))
-        self.guard.see(torch.dot(parts, parts.new_tensor((1 - eta, eta))), norm)
+        self.guard.see((1 - eta) * parts[0] + eta * parts[1], norm)
 
     def _log(self, step: int, journal: Journal | None) -> None:
         self.guard.check(self.config.run_dir, step)
@@ -143,6 +143,7 @@ class Training:
     def _evaluate(self, step: int, journal: Journal | None) -> None:
         """Log preview() of the model after `step`; training goes on as if it had not been."""
         begun = time.perf_counter()
+        self.guard.check(self.config.run_dir, step)
         figures = preview(
             self.gradient.model, self.evaluation, self.config.nm, processes=self.processes
         )

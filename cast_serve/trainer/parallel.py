@@ -55,17 +55,11 @@ def shard(model: PreTrainedModel, processes: Processes, *, offload: bool = False
     """
     weights: dict[str, Any] = model.state_dict() if processes.is_first else {}
     mesh = init_device_mesh(processes.device.type, (processes.count,))
-    options: dict[str, Any] = {
-        "mesh": mesh,
-        "shard_placement_fn": _placement(model, processes.count),
-    }
-    if offload:
-        options["offload_policy"] = CPUOffloadPolicy(pin_memory=processes.device.type == "cuda")
+    options = _options(mesh, processes, offload=offload)
+    options["shard_placement_fn"] = _placement(model, processes.count)
     for block in decoder_blocks(model):
         fully_shard(block, **options)
-    # True: else what is outside the blocks stays whole after a forward pass alone, as evaluation
-    # is, and the optimizer would be given whole parameters.
-    fully_shard(model, reshard_after_forward=True, **options)
+    fully_shard(model, **options)
     set_model_state_dict(model, weights, options=_FROM_FIRST)
 
 
@@ -81,9 +75,12 @@ def shard_blocks(model: PreTrainedModel, processes: Processes, *, offload: bool)
 
 
 def _options(mesh: DeviceMesh, processes: Processes, *, offload: bool) -> dict[str, Any]:
-    if not offload:
-        return {"mesh": mesh}
-    return {"mesh": mesh, "offload_policy": CPUOffloadPolicy(processes.device.type == "cuda")}
+    # True, also for a unit that is in no other one: else it stays whole after a forward pass alone,
+    # as evaluation and a teacher's are, and the optimizer would be given whole parameters.
+    options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True}
+    if offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=processes.device.type == "cuda")
+    return options
 
 
 def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -70,11 +70,6 @@ class Processes:
             distributed.all_reduce(values)
         return values
 
-    def wait(self) -> None:
-        """Until every process is here."""
-        if self.count > 1:
-            distributed.barrier()
-
 
 ALONE = Processes(rank=0, count=1, device=torch.device("cpu"))
 
@@ -105,6 +100,8 @@ def join(device: str) -> Iterator[Processes]:
     if count == 1:
         yield Processes(rank=0, count=1, device=place)
         return
+    if "MASTER_ADDR" not in os.environ:
+        raise RunError(f"WORLD_SIZE is {count} without MASTER_ADDR; start with torchrun")
     # gloo on GPU machines, too: for what is offloaded to host memory, and for objects.
     distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=_PATIENCE)
     try:

@@ -69,7 +69,8 @@ def _run(plan: Plan, config: RunConfig) -> Table:
     if plan.processes > 1:
         batch = f"{plan.processes} processes x {batch}"
     form = config.export_form
-    fallback = f" (only 2:4 packs, not {config.pattern})" if form != config.export else ""
+    reason = "method dense" if config.method == "dense" else f"only 2:4 packs, not {config.pattern}"
+    fallback = f" ({reason})" if form != config.export else ""
     rows = {
         "method": config.method,
         "parameters": f"{size(plan.parameters)}, of which {size(plan.sparse_parameters)} "

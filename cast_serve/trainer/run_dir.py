@@ -53,7 +53,8 @@ def check_folders(config: RunConfig) -> None:
         return
     if output.is_dir() and any(output.iterdir()):
         raise RunError(f"output: {output} is not empty; name another folder or remove it")
-    if run_dir.exists() and any(run_dir.iterdir()):
+    # A cached teacher is computed before the run is recorded, and kept where that was cut off.
+    if run_dir.exists() and any(path.name != "teacher" for path in run_dir.iterdir()):
         raise RunError(
             f"output: {run_dir} holds an earlier run; continue it with --resume or remove it"
         )

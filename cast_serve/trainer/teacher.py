@@ -9,10 +9,11 @@ import copy
 
 import torch
 from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from cast_serve.trainer.config import RunConfig
 from cast_serve.trainer.distill import Projection
-from cast_serve.trainer.head import loss_head
+from cast_serve.trainer.head import loss_head, put_loss_head
 from cast_serve.trainer.layers import compile_blocks, without_blocks
 from cast_serve.trainer.objective import logits_of
 from cast_serve.trainer.parallel import shard_blocks
@@ -48,7 +49,8 @@ def make_teacher(model: PreTrainedModel, config: RunConfig, processes: Processes
     """A teacher from a copy of `model`, which is still the dense one, on any device."""
     offload = config.teacher == "offload"
     # Rounded where the model is: a second one in fp32 need not fit the device.
-    twin = copy.deepcopy(model)
+    sharded = config.parallel == "fsdp" and processes.count > 1
+    twin = copy.deepcopy(model) if processes.is_first or not sharded else _empty(model)
     if config.compute == "bf16":
         # Not model.to(bfloat16): rotary frequencies are buffers, and in bf16 they put tokens in
         # other places.
@@ -58,13 +60,23 @@ def make_teacher(model: PreTrainedModel, config: RunConfig, processes: Processes
     # An offloaded model waits for its blocks, and moves its parameters under the compiled code.
     if config.compile and not offload:
         compile_blocks(twin)
-    if config.parallel == "fsdp" and processes.count > 1:
+    if sharded:
         shard_blocks(twin, processes, offload=offload or config.offload)
     elif offload:
         _offload_(twin, processes.device)
     else:
         twin.to(processes.device)  # type: ignore[arg-type]  # hidden by a decorator
     return Teacher(twin)
+
+
+def _empty(model: PreTrainedModel) -> PreTrainedModel:
+    """A twin whose weights hold nothing, and take no memory until they are written to."""
+    with no_init_weights():
+        twin = type(model)(model.config)
+    twin.tie_weights()
+    if loss_head(model) is not None:
+        put_loss_head(twin)
+    return twin
 
 
 def _offload_(model: PreTrainedModel, device: torch.device) -> None:

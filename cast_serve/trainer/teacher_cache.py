@@ -118,7 +118,7 @@ class TeacherCache:
                 self._write({key: torch.cat([part[key] for part in parts]) for key in parts[0]})
         except (OSError, SafetensorError) as error:
             raise RunError(
-                f"teacher: cannot write {self._folder}: {error}; free space and --resume, or "
+                f"teacher: cannot write {self._folder}: {error}; free space and start again, or "
                 "choose a smaller teacher_top_k, or teacher: offload"
             ) from error
 

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
+from cast_serve.model_loaders.errors import CheckpointError
 from cast_serve.trainer import checkpoint
 from cast_serve.trainer.config import RunConfig
 from cast_serve.trainer.data import BlockStream, Corpus, load_corpus
@@ -69,6 +70,8 @@ def run(config: RunConfig, console: Console) -> None:
 
 def _run(config: RunConfig, console: Console, processes: Processes) -> None:
     processes.on_first(lambda: check_folders(config))
+    if config.offload and processes.count == 1:
+        raise RunError("offload: needs several processes; start them with torchrun")
     resumes = config.resume and not config.dry_run
     fixed = processes.on_first(lambda: read_run(config)) if resumes else None
     source = _load_source(config, processes)
@@ -105,8 +108,13 @@ def _run(config: RunConfig, console: Console, processes: Processes) -> None:
 def _load_source(config: RunConfig, processes: Processes) -> Source:
     if config.parallel == "ddp" or processes.count == 1:
         return load_source(config.model)
-    loaded = [load_source(config.model)] if processes.is_first else []
-    dtype = processes.on_first(lambda: loaded[0].dtype)
+    loaded: list[Source] = []
+
+    def load() -> torch.dtype:
+        loaded.append(load_source(config.model))
+        return loaded[0].dtype
+
+    dtype = processes.on_first(load)
     return loaded[0] if loaded else load_empty_source(config.model, dtype)
 
 
@@ -277,7 +285,7 @@ def _output_errors(config: RunConfig) -> Iterator[None]:
     """Raise RunError where the disk is full or a folder cannot be written."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, CheckpointError) as error:
         reason = getattr(error, "strerror", None) or error
         raise RunError(
             f"output: cannot write {config.output} ({reason}); the training is done and saved: "

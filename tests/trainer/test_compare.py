@@ -59,6 +59,7 @@ def written_perplexity(folder, llama_dir, eval_file):
     return perplexity(model, blocks.stacked().flatten(), CONTEXT)
 
 
+@pytest.mark.slow
 def test_compare_interrupted_and_run_again(flags, llama_dir, eval_file, tmp_path, monkeypatch):
     folder = tmp_path / "out"
     straight = ["--methods", "sr-ste", "--lr", "sr-ste=1e-3", "--lambda", ""]

@@ -120,6 +120,7 @@ def test_absent_folder(load):
         load("hub:./absent")
 
 
+@pytest.mark.slow
 def test_hub_that_cannot_be_reached(llama_dir, tmp_path):
     command = [sys.executable, "-m", "cast_serve.trainer.main", "--model", str(llama_dir)]
     command += ["--data", "hub:org/name:config@train", "--output", str(tmp_path / "out")]

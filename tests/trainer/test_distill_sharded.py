@@ -9,6 +9,8 @@ import pytest
 import torch
 from sharded_loss import WORLD, batch, gradients
 
+pytestmark = pytest.mark.slow
+
 SUPPORT = Path(__file__).parents[1] / "support"
 
 

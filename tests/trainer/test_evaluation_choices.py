@@ -144,6 +144,7 @@ metric_list:
 """
 
 
+@pytest.mark.slow
 def test_lm_eval_gives_the_same_numbers(model, tokenizer, items, tmp_path):
     pytest.importorskip("lm_eval")
     # lm-eval's template does not drop line breaks of the query.
@@ -165,6 +166,7 @@ def test_lm_eval_gives_the_same_numbers(model, tokenizer, items, tmp_path):
     assert 0 < ours.acc < 1
 
 
+@pytest.mark.slow
 def test_lm_eval_unknown_task(tiny_models, tokenizer):
     pytest.importorskip("lm_eval")
     model = tiny_models["llama"]()

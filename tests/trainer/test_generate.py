@@ -46,7 +46,7 @@ def test_going_in_circles_and_too_short():
 @given(index=st.integers(0, 10**9), seed=st.integers(0, 2**32 - 1))
 def test_prompt_depends_on_seed_and_number(index, seed):
     blocks = torch.arange(100, 420, dtype=torch.int32).view(40, 8)
-    prompts = Prompts(corpus=list(blocks), unprompted=0.25, begin=7, seed=seed)
+    prompts = Prompts(corpus=list(blocks), unprompted=0.25, begin=7, end=-1, seed=seed)
     first, *rest = prompts[index]
     assert (first, rest) == (7, prompts[index][1:])
     assert len(rest) <= 8
@@ -55,10 +55,10 @@ def test_prompt_depends_on_seed_and_number(index, seed):
 
 def test_share_of_texts_from_nothing():
     blocks = list(torch.arange(320, dtype=torch.int32).view(40, 8))
-    prompts = Prompts(corpus=blocks, unprompted=0.25, begin=7, seed=0)
+    prompts = Prompts(corpus=blocks, unprompted=0.25, begin=7, end=-1, seed=0)
     alone = sum(prompts[index] == [7] for index in range(4000))
     assert alone == pytest.approx(1000, abs=100)
-    nothing = Prompts(corpus=None, unprompted=0.0, begin=7, seed=0)
+    nothing = Prompts(corpus=None, unprompted=0.0, begin=7, end=-1, seed=0)
     assert nothing[3] == [7]
 
 

@@ -11,6 +11,8 @@ import pytest
 import torch
 from adams_sharded import STEPS, WEIGHTS
 
+pytestmark = pytest.mark.slow
+
 SPARSE = [name for name, (_, input_dim) in WEIGHTS.items() if input_dim is not None]
 
 

@@ -167,6 +167,7 @@ def test_damaged_checkpoint_is_refused(make_config, damage):
         train.run(dataclasses.replace(config, resume=True), QUIET)
 
 
+@pytest.mark.slow
 def test_full_disk_leaves_the_last_checkpoint(llama_dir, text_file, tmp_path):
     """A file size limit stands for a full disk: the second save fails in the middle of a write."""
     limited = """

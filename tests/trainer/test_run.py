@@ -334,6 +334,7 @@ def test_context_beyond_the_model(make_config):
         run(make_config(context=65))
 
 
+@pytest.mark.slow
 def test_compile_is_the_same_run(trained, make_config):
     """Up to the rounding of compiled code."""
     _, exact = trained

@@ -178,7 +178,7 @@ def test_filling_goes_on_after_the_last_whole_shard(cached, sequences, monkeypat
         save(tensors, path)
 
     monkeypatch.setattr(teacher_cache, "save_file", fail_at_the_second)
-    with pytest.raises(RunError, match=r"cannot write .*No space left.*free space and --resume"):
+    with pytest.raises(RunError, match=r"cannot write .*No space left.*free space and start again"):
         cache.fill(sequences, teacher, batch_size=2)
     again = TeacherCache(folder, origin)
     left = list(again.missing(sequences))

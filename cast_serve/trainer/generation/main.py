@@ -51,7 +51,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="dense checkpoint")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="a .jsonl file")
     parser.add_argument(
-        "--tokens", type=int, required=True, metavar="N", help="tokens to write, prompts left out"
+        "--tokens",
+        type=_count,
+        required=True,
+        metavar="N",
+        help="tokens to write, prompts left out",
     )
     parser.add_argument(
         "--prompts",
@@ -105,6 +109,11 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _count(text: str) -> int:
+    """1e9 is a number of tokens, too."""
+    return int(float(text))
+
+
 def _settings(given: argparse.Namespace) -> Settings:
     ranges: dict[str, tuple[bool, str]] = {
         "prompt_tokens": (given.prompt_tokens >= 1, "at least 1"),
@@ -140,7 +149,7 @@ def _check_output(output: Path, settings: Settings) -> None:
     except (OSError, ValueError) as error:
         raise RunError(f"output: cannot continue {output}: {error}") from error
     changed = [
-        f"{key} was {before.get(key)}, is {now[key]}" for key in now if before[key] != now[key]
+        f"{key} was {before.get(key)}, is {now[key]}" for key in now if before.get(key) != now[key]
     ]
     if changed:
         raise RunError(

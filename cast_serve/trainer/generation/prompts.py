@@ -1,4 +1,4 @@
-"""Beginnings for a model to continue: the first tokens of texts of the kind it should write.
+"""Beginnings for a model to continue: pieces of texts of the kind it should write.
 
 Without a corpus, or for a share of the texts, it begins from nothing: its BOS (or EOS) token alone.
 """
@@ -22,11 +22,13 @@ class Prompts:
         corpus: blocks of tokens, whose first ones are a prompt, 1 to all of them; None for none.
         unprompted: share of prompts that are `begin` alone.
         begin: the token every text starts with.
+        end: the token that ends a document.
     """
 
     corpus: Sequence[torch.Tensor] | Blocks | None
     unprompted: float
     begin: int
+    end: int
     seed: int
 
     def __getitem__(self, index: int) -> list[int]:
@@ -34,11 +36,13 @@ class Prompts:
         if self.corpus is None or draw.random() < self.unprompted:
             return [self.begin]
         block = self.corpus[draw.randrange(len(self.corpus))]
-        return [self.begin, *block[: draw.randint(1, len(block))].tolist()]
+        tokens = block[: draw.randint(1, len(block))].tolist()
+        # Not the end of one document and the beginning of the next as one text.
+        return [self.begin, *tokens[: tokens.index(self.end) if self.end in tokens else None]]
 
 
 def begin_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that stands before a document in training: BOS, or else EOS.
+    """The token that the model expects before a text: BOS, or else EOS.
 
     Raises:
         RunError: the tokenizer has neither.

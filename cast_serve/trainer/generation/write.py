@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from cast_serve.trainer.data import load_corpus
+from cast_serve.trainer.data import read_tokens, to_blocks
+from cast_serve.trainer.data.tokens import end_of_document
 from cast_serve.trainer.data_source import DataSource
 from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.generation.distinct import Distinct, Verdict
@@ -110,13 +111,13 @@ def _prompts(settings: "Settings", tokenizer: PreTrainedTokenizerBase) -> Prompt
     corpus = None
     if settings.prompts:
         sources = tuple(map(DataSource.parse, settings.prompts))
-        (corpus,) = load_corpus(
-            sources, tokenizer, context=settings.prompt_tokens, held_out=0.0
-        ).parts
+        tokens = read_tokens(sources, tokenizer)
+        corpus = to_blocks(tokens, context=settings.prompt_tokens, key="prompts")
     return Prompts(
         corpus=corpus,
         unprompted=settings.unprompted,
         begin=begin_token(tokenizer),
+        end=end_of_document(tokenizer),
         seed=settings.seed,
     )
 

@@ -47,6 +47,12 @@ def _output(folder: Path) -> Run:
             f"({known})"
         )
     record = _read_json(path)
+    for made_later in ("finetune", "quantization"):
+        if made_later in record:
+            raise RunError(f"{path}: has {made_later!r}: its loss is not that of the training run")
+    method = record.get("method", "cast")
+    if method != "cast":
+        raise RunError(f"{path}: is of method {method}; the law is of CAST runs")
     try:
         evaluation = record["evaluation"]
         tokens, sparse, dense = (
