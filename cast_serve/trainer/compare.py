@@ -152,6 +152,7 @@ def _refuse_what_differs(base: RunConfig) -> None:
         ("method", base.method != "cast", "name them in --methods"),
         ("lr", base.lr is not None, "give --lr METHOD=X"),
         ("lambda", base.lambda_ is not None, "give --lambda METHOD=X"),
+        ("export", base.export == "training", "the methods share packed and dense"),
         ("resume", base.resume, "leave it out: a comparison continues by itself"),
         ("dry_run", base.dry_run, "leave it out; cast-train --dry-run checks one method"),
     ):
@@ -170,9 +171,13 @@ def _by_method(key: str, text: str, methods: list[str]) -> dict[str, list[float 
             known = ", ".join(methods) or "none of these methods has one"
             raise RunError(f"{key}: {method!r} is not trained with one here; known: {known}")
         try:
-            found.setdefault(method, []).append(float(value))
+            number = float(value)
         except ValueError:
             raise RunError(f"{key}: expected a number for {method}, got {value!r}") from None
+        # As the folders are named.
+        if f"{number:g}" in (f"{other:g}" for other in found.get(method, []) if other is not None):
+            raise RunError(f"{key}: {method}={value} is given twice")
+        found.setdefault(method, []).append(number)
     return {method: found.get(method, [None]) for method in methods}
 
 

@@ -7,6 +7,7 @@ from typing import Literal
 from cast_serve.trainer.errors import RunError
 
 DEFAULT_LR = {"full": 2e-5, "lora": 2e-4}
+DEFAULT_RANK = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,7 @@ class FinetuneConfig:
     weight_decay: float = 0.0
     clip: float = 1.0
     lora: bool = False
-    lora_rank: int = 8
+    lora_rank: int | None = None
     lora_alpha: float | None = None
     lora_target: tuple[str, ...] = ()
     merge: bool = False
@@ -49,10 +50,12 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
             raise RunError("epochs: steps is given too; the budget is one of the two")
-        lora_only = {"lora_alpha": self.lora_alpha, "lora_target": self.lora_target}
-        for key, given in {**lora_only, "merge": self.merge}.items():
+        lora_only = ("lora_rank", "lora_alpha", "lora_target", "merge")
+        for key, given in ((key, getattr(self, key)) for key in lora_only):
             if given and not self.lora:
                 raise RunError(f"{key}: is of LoRA; give --lora too")
+        if self.export != "packed" and self.lora and not self.merge:
+            raise RunError("export: an adapter is written; give --merge too for a model")
         at_least_one = ("steps", "batch_size", "gradient_accumulation", "lora_rank", "log_steps")
         for key in at_least_one:
             self._require(key, lambda value: value >= 1, "at least 1")
@@ -78,9 +81,13 @@ class FinetuneConfig:
         return self.lr or DEFAULT_LR["lora" if self.lora else "full"]
 
     @property
+    def rank(self) -> int:
+        return DEFAULT_RANK if self.lora_rank is None else self.lora_rank
+
+    @property
     def alpha(self) -> float:
         """LoRA's alpha; the product is multiplied by alpha / rank."""
-        return self.lora_alpha or 2.0 * self.lora_rank
+        return self.lora_alpha or 2.0 * self.rank
 
     def _require(self, key: str, holds, wanted: str) -> None:  # type: ignore[no-untyped-def]
         value = getattr(self, key)

@@ -60,7 +60,7 @@ def run(config: FinetuneConfig, console: Console) -> None:
     if config.lora:
         model = add_lora(
             source,
-            rank=config.lora_rank,
+            rank=config.rank,
             alpha=config.alpha,
             targets=config.lora_target,
             masked=config.merge,
@@ -307,5 +307,5 @@ def _provenance(
         "versions": {n: version(n) for n in ("cast-serve", "torch", "transformers", "peft")},
     }
     if config.lora:
-        record["lora"] = {"rank": config.lora_rank, "alpha": config.alpha}
+        record["lora"] = {"rank": config.rank, "alpha": config.alpha}
     return record
