@@ -28,6 +28,9 @@ from cast_serve.trainer.masks import Progress, progress, weight_mask
 from cast_serve.trainer.schedule import Schedule
 from cast_serve.trainer.teacher_cache import cache_bytes
 
+# The schedule is summed step by step: beyond this the plan alone would take minutes.
+_MOST_STEPS = 10**8
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedSource:
@@ -94,14 +97,22 @@ class Plan:
 
 
 def step_count(config: RunConfig, *, train_blocks: int, context: int, processes: int = 1) -> int:
-    """Optimizer steps of the budget; a part of a step is rounded up."""
+    """Optimizer steps of the budget; a part of a step is rounded up.
+
+    Raises:
+        RunError: more than any run could take.
+    """
     per_step = config.batch_size * config.gradient_accumulation * processes
     if config.steps is not None:
-        return config.steps
-    if config.tokens is not None:
-        return math.ceil(config.tokens / (per_step * context))
-    epochs = 1.0 if config.epochs is None else config.epochs
-    return max(1, math.ceil(epochs * train_blocks / per_step))
+        steps = config.steps
+    elif config.tokens is not None:
+        steps = math.ceil(config.tokens / (per_step * context))
+    else:
+        epochs = 1.0 if config.epochs is None else config.epochs
+        steps = max(1, math.ceil(epochs * train_blocks / per_step))
+    if steps > _MOST_STEPS:
+        raise RunError(f"the budget is {steps:.3g} steps; give one of at most {_MOST_STEPS:.3g}")
+    return steps
 
 
 def token_budget(config: RunConfig, *, context: int, processes: int = 1) -> int | None:

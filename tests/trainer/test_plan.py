@@ -148,3 +148,8 @@ def test_dry_run(llama_dir, text_file, tmp_path, capsys, lr, status):
         assert err.count("\n") == 1
     else:
         assert err == ""
+
+
+def test_budget_without_end_is_refused(make_config):
+    with pytest.raises(RunError, match=r"the budget is 1e\+30 steps; give one of at most 1e\+08"):
+        step_count(make_config(steps=10**30), train_blocks=8, context=16)
