@@ -39,7 +39,7 @@ from cast_serve.trainer.config import RunConfig
 from cast_serve.trainer.data import BlockStream
 from cast_serve.trainer.data_source import DataSource
 from cast_serve.trainer.gradient import Gradient
-from cast_serve.trainer.layers import choose_layers, compile_blocks
+from cast_serve.trainer.layers import compile_blocks, layers_of
 from cast_serve.trainer.methods import method_of
 from cast_serve.trainer.objective import prepare_head
 from cast_serve.trainer.processes import Processes
@@ -220,9 +220,7 @@ class _Step:
             )
         )
         processes = Processes(rank=0, count=1, device=device)
-        layers = choose_layers(model, config.nm, scaling_blocks=config.scaling_blocks)
-        if config.method == "dense":
-            layers = [replace(layer, dense_because="method dense") for layer in layers]
+        layers = layers_of(model, config)
         prepare_head(model, config)
         self.shape = Shape.of(model, config)
         self.teacher = make_teacher(model, config, processes) if config.eta else None

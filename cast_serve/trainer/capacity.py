@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from cast_serve.trainer.config import RunConfig
 from cast_serve.trainer.distill import chunk_tokens
 from cast_serve.trainer.head import returns_its_head
-from cast_serve.trainer.layers import choose_layers, decoder_blocks
+from cast_serve.trainer.layers import decoder_blocks, layers_of
 
 # AdamS reads w, g, mu, nu and a byte of mask and writes w, mu, nu, all fp32.
 _OPTIMIZER_BYTES = 29
@@ -65,9 +65,7 @@ class Shape:
     def of(cls, model: PreTrainedModel, config: RunConfig) -> "Shape":
         """The shape of a dense model, on any device, "meta" too."""
         text = model.config.get_text_config()
-        choices = choose_layers(model, config.nm, scaling_blocks=config.scaling_blocks)
-        prunes = config.method != "dense"
-        sparse = [choice for choice in choices if prunes and choice.dense_because is None]
+        sparse = [one for one in layers_of(model, config) if one.dense_because is None]
         blocks = [sum(p.numel() for p in block.parameters()) for block in decoder_blocks(model)]
         parameters = sum(p.numel() for p in model.parameters())
         learned = config.scaling_blocks if config.learns_scales else 0

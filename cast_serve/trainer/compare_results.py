@@ -14,6 +14,7 @@ from cast_serve.trainer.compare import Job
 from cast_serve.trainer.config import RunConfig
 from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.journal import read_history
+from cast_serve.trainer.processes import takes_gpu
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ def write_results(jobs: Sequence[Job], folder: Path) -> list[Row]:
     rows = [read_row(job) for job in jobs]
     config = jobs[0].config
     evaluation = _record(config)["evaluation"]
-    on_gpu = config.device == "auto" and torch.cuda.is_available()
+    on_gpu = takes_gpu(config.device)
     setting = {
         "model": config.model.resolve().name,
         "pattern": config.pattern,

@@ -9,7 +9,7 @@ is applied to the weight and not to the output, so folding it is the very same m
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from cast_serve.kernels.packing import COLUMNS_PER_BYTE
-from cast_serve.trainer.config import Pattern
+from cast_serve.trainer.config import Pattern, RunConfig
 from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.masks import weight_mask
 from cast_serve.trainer.sharding import local
@@ -126,6 +126,18 @@ def choose_layers(
         reasons = sorted({c.dense_because for c in choices if c.dense_because}) or ["no linears"]
         raise RunError(f"{type(model).__name__} has no layer to sparsify: {'; '.join(reasons)}")
     return choices
+
+
+def layers_of(model: PreTrainedModel, config: RunConfig) -> list[LayerChoice]:
+    """choose_layers of a run: method dense leaves all of them as they are.
+
+    Raises:
+        RunError: as choose_layers.
+    """
+    layers = choose_layers(model, config.nm, scaling_blocks=config.scaling_blocks)
+    if config.method != "dense":
+        return layers
+    return [replace(layer, dense_because="method dense") for layer in layers]
 
 
 def add_scales(model: PreTrainedModel, choices: list[LayerChoice], *, scaling_blocks: int) -> None:

@@ -24,12 +24,18 @@ from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
+from cast_serve.trainer.config import RunConfig
 from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.layers import ScaledConv1D, decoder_blocks, without_blocks
 from cast_serve.trainer.processes import Processes
 
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _FROM_FIRST = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+
+
+def is_sharded(config: RunConfig, processes: Processes) -> bool:
+    """Whether every process holds a slice of the model; one alone holds all of it."""
+    return config.parallel == "fsdp" and processes.count > 1
 
 
 def replicate(model: nn.Module, processes: Processes) -> nn.Module:

@@ -74,6 +74,11 @@ class Processes:
 ALONE = Processes(rank=0, count=1, device=torch.device("cpu"))
 
 
+def takes_gpu(device: str) -> bool:
+    """Whether `device`, "auto" or "cpu", means a GPU on this machine."""
+    return device == "auto" and torch.cuda.is_available()
+
+
 @contextmanager
 def join(device: str) -> Iterator[Processes]:
     """This process among those that were started with it, until the end of the block.
@@ -86,7 +91,7 @@ def join(device: str) -> Iterator[Processes]:
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
-    on_gpu = device == "auto" and torch.cuda.is_available()
+    on_gpu = takes_gpu(device)
     place = torch.device("cpu")
     if on_gpu:
         local = int(os.environ.get("LOCAL_RANK", "0"))

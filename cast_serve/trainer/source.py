@@ -48,6 +48,10 @@ class Source:
     tokenizer: PreTrainedTokenizerBase
     dtype: torch.dtype
 
+    def output_dtype(self, asked: str) -> torch.dtype:
+        """Of the packed or dense output: "auto" is that of the files."""
+        return self.dtype if asked == "auto" else getattr(torch, asked)
+
 
 def load_source(folder: Path) -> Source:
     """Load a local Hugging Face causal language model.

@@ -16,7 +16,7 @@ from cast_serve.trainer.distill import Projection
 from cast_serve.trainer.head import loss_head, put_loss_head
 from cast_serve.trainer.layers import compile_blocks, without_blocks
 from cast_serve.trainer.objective import logits_of
-from cast_serve.trainer.parallel import shard_blocks
+from cast_serve.trainer.parallel import is_sharded, shard_blocks
 from cast_serve.trainer.processes import Processes
 
 
@@ -49,7 +49,7 @@ def make_teacher(model: PreTrainedModel, config: RunConfig, processes: Processes
     """A teacher from a copy of `model`, which is still the dense one, on any device."""
     offload = config.teacher == "offload"
     # Rounded where the model is: a second one in fp32 need not fit the device.
-    sharded = config.parallel == "fsdp" and processes.count > 1
+    sharded = is_sharded(config, processes)
     twin = copy.deepcopy(model) if processes.is_first or not sharded else _empty(model)
     if config.compute == "bf16":
         # Not model.to(bfloat16): rotary frequencies are buffers, and in bf16 they put tokens in

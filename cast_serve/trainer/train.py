@@ -1,6 +1,5 @@
 """One CAST run from a dense checkpoint to the sparse one: plan, train, prune, fold, export."""
 
-import dataclasses
 import math
 import shutil
 from collections.abc import Iterator
@@ -28,14 +27,14 @@ from cast_serve.trainer.gradient import Gradient
 from cast_serve.trainer.journal import Journal, read_history
 from cast_serve.trainer.layers import (
     LayerChoice,
-    choose_layers,
     compile_blocks,
+    layers_of,
     recompute_activations,
 )
 from cast_serve.trainer.loop import Training
 from cast_serve.trainer.methods import method_of
 from cast_serve.trainer.objective import prepare_head
-from cast_serve.trainer.parallel import replicate, shard, whole_weights
+from cast_serve.trainer.parallel import is_sharded, replicate, shard, whole_weights
 from cast_serve.trainer.plan import Plan, check_travel, make_plan, planned_sources, token_budget
 from cast_serve.trainer.plots import write_plots
 from cast_serve.trainer.processes import Processes, join
@@ -83,10 +82,7 @@ def _run(config: RunConfig, console: Console, processes: Processes) -> None:
     )
     if fixed is not None:
         check_same_data(fixed, corpus)
-    layers = choose_layers(source.model, config.nm, scaling_blocks=config.scaling_blocks)
-    if config.method == "dense":
-        because = "method dense"
-        layers = [dataclasses.replace(layer, dense_because=because) for layer in layers]
+    layers = layers_of(source.model, config)
     remark = prepare_head(source.model, config)
     if remark:
         console.print(remark, markup=False)
@@ -106,7 +102,7 @@ def _run(config: RunConfig, console: Console, processes: Processes) -> None:
 
 
 def _load_source(config: RunConfig, processes: Processes) -> Source:
-    if config.parallel == "ddp" or processes.count == 1:
+    if not is_sharded(config, processes):
         return load_source(config.model)
     loaded: list[Source] = []
 
@@ -150,7 +146,7 @@ def _train(
     console: Console,
     processes: Processes,
 ) -> None:
-    sharded = config.parallel == "fsdp" and processes.count > 1
+    sharded = is_sharded(config, processes)
     blocks = make_stream(config, corpus, length=plan.steps * plan.sequences_per_step)
     cached = config.eta > 0 and config.teacher == "cached"
     stream: Dataset[dict[str, torch.Tensor]] = blocks
@@ -230,7 +226,7 @@ def _finish(
     }
     provenance = _provenance(config, corpus, plan, fixed, evaluation)
     processes.on_first(lambda: _export(config, source, weights, provenance))
-    dtype = dtype_name(_stored_dtype(config, source))
+    dtype = dtype_name(source.output_dtype(config.dtype))
     stored = "float32" if config.export_form == "training" else dtype
     for key in ("perplexity_dense", "perplexity_before_prune", "perplexity_after_prune"):
         label = key.removeprefix("perplexity_").replace("_", " ")
@@ -272,7 +268,7 @@ def _export(
             pruned,
             training_form,
             config,
-            dtype=_stored_dtype(config, source),
+            dtype=source.output_dtype(config.dtype),
             provenance=provenance,
         )
         # Only the last checkpoint is left of the intermediate forms.
@@ -291,10 +287,6 @@ def _output_errors(config: RunConfig) -> Iterator[None]:
             f"output: cannot write {config.output} ({reason}); the training is done and saved: "
             "make room and write it with --resume"
         ) from error
-
-
-def _stored_dtype(config: RunConfig, source: Source) -> torch.dtype:
-    return source.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
 
 
 def load_text(config: RunConfig, source: Source, *, context: int, processes: int = 1) -> Corpus:
@@ -368,7 +360,7 @@ def _fill_teacher_cache(
 
 
 def _spread(config: RunConfig, model: PreTrainedModel, processes: Processes) -> nn.Module:
-    if config.parallel == "ddp" or processes.count == 1:
+    if not is_sharded(config, processes):
         return replicate(model, processes)
     shard(model, processes, offload=config.offload)
     return model

@@ -14,6 +14,7 @@ from cast_serve.trainer.evaluation.choices import Item, read_items, score_items
 from cast_serve.trainer.evaluation.harness import TaskResults, require_lm_eval, run_tasks
 from cast_serve.trainer.evaluation.perplexity import Score, score_strided, score_windows
 from cast_serve.trainer.evaluation.text import Join, token_stream
+from cast_serve.trainer.processes import takes_gpu
 from cast_serve.trainer.source import context_length
 
 
@@ -65,7 +66,7 @@ def evaluate(request: Request) -> dict[str, Any]:
         require_lm_eval()
     items = {path: read_items(path)[: request.limit] for path in request.zero_shot}
     loaded = load_checkpoint(request.model, dtype=_dtype(request))
-    device = "cuda" if request.device == "auto" and torch.cuda.is_available() else "cpu"
+    device = "cuda" if takes_gpu(request.device) else "cpu"
     loaded.model.to(device)  # type: ignore[arg-type]  # hidden by a decorator of transformers
     text = [_perplexities(loaded, path, request) for path in request.text]
     zero_shot = [_zero_shot(loaded, path, found, request) for path, found in items.items()]

@@ -2,14 +2,13 @@
 
 import shutil
 
-import torch
-
 from cast_serve.trainer.config import RunConfig
 from cast_serve.trainer.evaluate import mean_loss, to_perplexity
 from cast_serve.trainer.export import publish, write_training_form
-from cast_serve.trainer.layers import choose_layers
+from cast_serve.trainer.layers import layers_of
 from cast_serve.trainer.methods import method_of
 from cast_serve.trainer.methods.start import CALIBRATION_SEQUENCES
+from cast_serve.trainer.processes import takes_gpu
 from cast_serve.trainer.run_dir import Fixed, write_run
 from cast_serve.trainer.source import context_length, load_source
 from cast_serve.trainer.train import load_text, make_stream
@@ -26,11 +25,10 @@ def prune_without_training(config: RunConfig) -> None:
     """
     source = load_source(config.model)
     model = source.model
-    gpu = config.device == "auto" and torch.cuda.is_available()
-    model.to("cuda" if gpu else "cpu")  # type: ignore[arg-type]  # hidden by a decorator
+    model.to("cuda" if takes_gpu(config.device) else "cpu")  # type: ignore[arg-type]  # hidden by a decorator
     context = context_length(model, config.context)
     corpus = load_text(config, source, context=context)
-    layers = choose_layers(model, config.nm, scaling_blocks=config.scaling_blocks)
+    layers = layers_of(model, config)
     dense = mean_loss(model, corpus.evaluation)
     fixed = Fixed(
         steps=0,
@@ -55,7 +53,7 @@ def prune_without_training(config: RunConfig) -> None:
         pattern=config.pattern,
         ignore=[layer.name for layer in layers if layer.dense_because],
     )
-    dtype = source.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    dtype = source.output_dtype(config.dtype)
     provenance = {
         "method": f"one-shot {config.initial_mask}",
         "teacher": config.model.resolve().name,

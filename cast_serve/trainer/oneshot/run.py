@@ -19,6 +19,7 @@ from cast_serve.trainer.data_source import DataSource
 from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.export import write_dense, write_training_form
 from cast_serve.trainer.oneshot.prune import METHODS, Method, prune_oneshot
+from cast_serve.trainer.processes import takes_gpu
 from cast_serve.trainer.source import context_length, load_source
 
 
@@ -85,8 +86,7 @@ def run(request: Request, *, progress: Callable[[int, int], None] | None = None)
     """
     source = load_source(request.model)
     calibration = _calibration(request, source.model, source.tokenizer) if request.data else None
-    gpu = request.device == "auto" and torch.cuda.is_available()
-    source.model.to("cuda" if gpu else "cpu")  # type: ignore[arg-type]  # as in train.py
+    source.model.to("cuda" if takes_gpu(request.device) else "cpu")  # type: ignore[arg-type]  # as in train.py
     choices = prune_oneshot(
         source.model,
         request.method,
@@ -94,7 +94,7 @@ def run(request: Request, *, progress: Callable[[int, int], None] | None = None)
         calibration.ids if calibration else None,
         progress=progress,
     )
-    dtype = source.dtype if request.dtype == "auto" else getattr(torch, request.dtype)
+    dtype = source.output_dtype(request.dtype)
     dense = [choice.name for choice in choices if choice.dense_because]
     _write(request, source.model, dense, dtype, _provenance(request, calibration))
     seen = f", {len(calibration.ids)} x {calibration.ids.shape[1]} tokens" if calibration else ""
