@@ -50,6 +50,28 @@ def test_documents(tmp_path, kind, packed):
     assert read(path) == ["one\n\ntwo", "three\u2028é"]
 
 
+@pytest.mark.parametrize("packed", ["", ".xz", ".gz", ".zst"])
+@pytest.mark.parametrize("kind", [".txt", ".jsonl"])
+def test_documents_of_windows(tmp_path, monkeypatch, kind, packed):
+    """A byte order mark is no text, and a line ends with two characters, cut apart or not."""
+    text = "one\n\ntwo\n\n\nthree\n"
+    if kind == ".jsonl":
+        text = "".join(json.dumps({"text": row}) + "\n" for row in ("one\n\ntwo", "three"))
+    raw = "\ufeff".encode() + text.replace("\n", "\r\n").encode()
+    path = tmp_path / f"a{kind}{packed}"
+    path.write_bytes(PACK[packed](raw) if packed else raw)
+    for chunk in (1 << 20, 1, 2, 3):
+        monkeypatch.setattr(files, "_READ", chunk)
+        assert read(path) == ["one\n\ntwo", "three"]
+
+
+def test_byte_of_an_error_counts_the_byte_order_mark(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbfab\r\n\xe9t")
+    with pytest.raises(RunError, match="not UTF-8 at byte 7"):
+        read(path)
+
+
 @pytest.mark.parametrize("type_", [pyarrow.string(), pyarrow.large_string()])
 def test_documents_of_parquet(tmp_path, type_):
     rows = [f"row {i}" for i in range(3000)]
@@ -87,14 +109,14 @@ def test_documents_do_not_depend_on_how_a_file_is_read(tmp_path_factory, text, p
 def test_cut_loses_nothing(text, piece):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "PIECE", piece)
-        pieces = list(cut(text))
+        pieces = list(cut(text, "here"))
     assert "".join(part.text for part in pieces) == (text if text.strip() else "")
     assert [part.ends for part in pieces] == [False] * (len(pieces) - 1) + [True] * bool(pieces)
 
 
 def test_cut_is_before_a_line_break_or_a_space(monkeypatch):
     monkeypatch.setattr(files, "PIECE", 8)
-    assert list(cut("ab\ncd ef gh")) == [
+    assert list(cut("ab\ncd ef gh", "here")) == [
         Piece("ab", ends=False),
         Piece("\ncd ef", ends=False),
         Piece(" gh", ends=True),
@@ -145,6 +167,9 @@ def test_damaged_compression(tmp_path, packed, damage, kind):
         ("key.jsonl", b'{"content": "a"}\n', "line 1 is no object with a string"),
         ("list.jsonl", b'["text"]\n', "line 1 is no object with a string"),
         ("half.jsonl", b'{"text": "\\ud800"}\n', "line 1 holds half a surrogate pair"),
+        ("deep.jsonl", b"[" * 100_000, "line 1 is not JSON"),
+        ("long.jsonl", b'{"text": "a", "n": ' + b"9" * 5000 + b"}", "line 1 is not JSON"),
+        ("mark.jsonl", b'\xef\xbb\xbf{"text": "\xe9"}\n', "not UTF-8 at byte 13"),
         ("none.jsonl", b"", "holds no text"),
         ("bad.parquet", b"PAR1 no", "is not a whole parquet file"),
     ],

@@ -103,7 +103,7 @@ def write_items(path, items):
 
 def test_read_items(tmp_path, items):
     path = write_items(tmp_path / "items.jsonl", items)
-    path.write_text(path.read_text() + "\n")
+    path.write_text("\ufeff" + path.read_text() + "\n")
     assert read_items(path) == items
 
 
@@ -112,6 +112,7 @@ def test_read_items(tmp_path, items):
     [
         ("", "holds no items"),
         ("{", "line 1 is not JSON"),
+        ('{"query": "\\ud800", "choices": ["a", "b"], "gold": 0}', "line 1 holds half a surrogate"),
         ("[1]", 'line 1 has no string under "query"'),
         ('{"query": "q", "choices": ["a", ""], "gold": 0}', 'non-empty strings under "choices"'),
         ('{"query": "q", "choices": ["a"], "gold": 0}', "has 1 choices; an item needs two"),

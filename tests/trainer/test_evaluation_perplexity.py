@@ -82,7 +82,8 @@ def test_a_ruined_model_has_infinite_perplexity():
 
 def test_raw_text_is_one_text_to_the_byte(tmp_path, tokenizer):
     path = tmp_path / "text.txt"
-    path.write_bytes(b" = A = \r\n\n\n\nB\n")
+    # But for a byte order mark, which is none of it.
+    path.write_bytes(b"\xef\xbb\xbf = A = \r\n\n\n\nB\n")
     found = token_stream(path, tokenizer, join="raw")
     assert tokenizer.decode(found.tolist()) == " = A = \r\n\n\n\nB\n"
     assert len(found) == 14
@@ -100,6 +101,7 @@ def test_documents_are_joined_as_in_training(tmp_path, tokenizer):
     [
         ("absent.txt", None, "cannot be read: No such file"),
         ("a.txt", b"\xff\xfe", "is not UTF-8 at byte 0"),
+        ("a.txt", b"\xef\xbb\xbfa\xff", "is not UTF-8 at byte 4"),
         ("a.jsonl", b"{}", "is no plain text file; use --join documents"),
     ],
 )

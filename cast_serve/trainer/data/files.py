@@ -1,9 +1,12 @@
-"""The documents of local files, read piece by piece: a file may be larger than memory.
+r"""The documents of local files, read piece by piece: a file may be larger than memory.
 
     .txt .text .md   documents separated by three newlines (two blank lines)
     .jsonl           one object a line, the text under `text_key`
     .parquet         one document a row, the text in the column `text_key`
     + .xz .gz .zst   any of the first four, compressed
+
+Text is UTF-8, with a byte order mark or without. Line ends of .txt are read as newlines, also those
+of Windows (\r\n) and of old Macs (\r).
 
 A document longer than PIECE characters comes in several pieces, cut before a line break or a space
 where there is one.
@@ -18,7 +21,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cast_serve.trainer.errors import RunError
 
@@ -91,14 +94,13 @@ def documents(path: Path, *, text_key: str) -> Iterator[Piece]:
         raise RunError(f"{path}: holds no text")
 
 
-def cut(text: str) -> Iterator[Piece]:
+def cut(text: str, where: str) -> Iterator[Piece]:
     """A whole document in pieces; nothing where it is blank.
 
     Raises:
-        UnicodeEncodeError: it holds half a surrogate pair, which no tokenizer takes.
+        RunError: as require_unicode.
     """
-    if not text.isascii():
-        text.encode()
+    require_unicode(text, where)
     if not text.strip():
         return
     while len(text) > PIECE:
@@ -106,6 +108,14 @@ def cut(text: str) -> Iterator[Piece]:
         yield Piece(text[:end], ends=False)
         text = text[end:]
     yield Piece(text, ends=True)
+
+
+def require_unicode(text: str, where: str) -> None:
+    """Raise RunError where `text` holds half a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RunError(f"{where} holds half a surrogate pair") from error
 
 
 def _kind(path: Path) -> str | None:
@@ -150,7 +160,9 @@ def _end_of_piece(text: str) -> int:
 
 
 def _decoded(path: Path) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8")()
+    """The text of a file in pieces, its lines ending in a newline alone, without a BOM."""
+    bytes_to_text = codecs.getincrementaldecoder("utf-8-sig")()
+    decoder = io.IncrementalNewlineDecoder(bytes_to_text, translate=True)
     done = 0
     with _opened(path) as file:
         while True:
@@ -166,32 +178,40 @@ def _decoded(path: Path) -> Iterator[str]:
                 return
 
 
-def _json_lines(path: Path, text_key: str) -> Iterator[Piece]:
+def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """(file and line for errors, value) of every line of a .jsonl that is not blank.
+
+    Raises:
+        RunError: the file cannot be read, is damaged, is not UTF-8, or a line is not JSON.
+    """
     start = 0
     with _opened(path) as file:
         # Lines of bytes end at \n alone: U+2028 and its like are legal inside a JSON string.
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield from _json_line(path, text_key, number, start, line)
+                yield f"{path}: line {number}", _json_value(path, number, start, line)
             start += len(line)
 
 
-def _json_line(path: Path, text_key: str, number: int, start: int, line: bytes) -> Iterator[Piece]:
+def _json_value(path: Path, number: int, start: int, line: bytes) -> Any:
     try:
-        row = json.loads(line.decode())
+        return json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        place = start + error.start
+        # error.object is the line without a BOM.
+        place = start + len(line) - len(error.object) + error.start
         raise RunError(f"{path}: is not UTF-8 at byte {place}; convert it") from error
     except json.JSONDecodeError as error:
         raise RunError(f"{path}: line {number} is not JSON: {error.msg}") from error
-    if not isinstance(row, dict) or not isinstance(row.get(text_key), str):
-        raise RunError(
-            f'{path}: line {number} is no object with a string under "{text_key}" (text_key)'
-        )
-    try:
-        yield from cut(row[text_key])
-    except UnicodeEncodeError as error:
-        raise RunError(f"{path}: line {number} holds half a surrogate pair") from error
+    # A number of thousands of digits; lists in thousands of lists.
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{path}: line {number} is not JSON that is read: {error}") from error
+
+
+def _json_lines(path: Path, text_key: str) -> Iterator[Piece]:
+    for where, row in json_rows(path):
+        if not isinstance(row, dict) or not isinstance(row.get(text_key), str):
+            raise RunError(f'{where} is no object with a string under "{text_key}" (text_key)')
+        yield from cut(row[text_key], where)
 
 
 def _parquet(path: Path, text_key: str) -> Iterator[Piece]:
@@ -212,7 +232,7 @@ def _parquet(path: Path, text_key: str) -> Iterator[Piece]:
                     text = value.as_py()
                     if not isinstance(text, str):
                         raise RunError(f'{path}: row {number} has no string under "{text_key}"')
-                    yield from cut(text)
+                    yield from cut(text, f"{path}: row {number}")
     except pyarrow.ArrowInvalid as error:
         raise RunError(f"{path}: is not a whole parquet file: {_first_line(error)}") from error
     except UnicodeDecodeError as error:

@@ -68,11 +68,9 @@ def rows(hub: HubName, commit: str | None, *, text_key: str) -> Iterator[Piece]:
         for number, row in enumerate(table.select_columns([text_key]), start=1):
             if not isinstance(row[text_key], str):
                 raise RunError(f'data: hub:{hub.name}: row {number} has no string: "{text_key}"')
-            for piece in cut(row[text_key]):
+            for piece in cut(row[text_key], f"data: hub:{hub.name}: row {number}"):
                 empty = False
                 yield piece
-    except UnicodeEncodeError as error:
-        raise RunError(f"data: hub:{hub.name}: row {number} has half a surrogate pair") from error
     except RunError:
         raise
     except (OSError, ValueError, DatasetsError, HfHubHTTPError, ArrowException) as error:

@@ -9,15 +9,16 @@ acc_norm the highest per character of the choice. Both, the split into tokens an
 error are lm-eval's, so that the same items give the same numbers.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from cast_serve.trainer.data.files import json_rows, require_unicode
 from cast_serve.trainer.errors import RunError
 
 
@@ -58,13 +59,7 @@ def read_items(path: Path) -> list[Item]:
     Raises:
         RunError: unreadable, empty, or a line is no item; names file and line.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise RunError(f"zero-shot: {path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise RunError(f"zero-shot: {path}: is not UTF-8 at byte {error.start}") from error
-    items = [_item(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    items = [_item(where, row) for where, row in json_rows(path)]
     if not items:
         raise RunError(f"zero-shot: {path}: holds no items")
     return items
@@ -154,12 +149,7 @@ def log_likelihoods(
     return found
 
 
-def _item(path: Path, number: int, line: str) -> Item:
-    where = f"zero-shot: {path}: line {number}"
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise RunError(f"{where} is not JSON: {error.msg}") from error
+def _item(where: str, row: Any) -> Item:
     row = row if isinstance(row, dict) else {}
     query, choices, gold = (row.get(key) for key in ("query", "choices", "gold"))
     if not isinstance(query, str):
@@ -170,6 +160,7 @@ def _item(path: Path, number: int, line: str) -> Item:
         raise RunError(f"{where} has {len(choices)} choices; an item needs two or more")
     if type(gold) is not int or not 0 <= gold < len(choices):
         raise RunError(f'{where}: "gold" is {gold!r}; it must be from 0 to {len(choices) - 1}')
+    require_unicode("".join((query, *choices)), where)
     return Item(query=query, choices=tuple(choices), gold=gold)
 
 

@@ -33,12 +33,14 @@ def token_stream(path: Path, tokenizer: PreTrainedTokenizerBase, *, join: Join) 
     if path.suffix in _CONTAINERS:
         raise RunError(f"text: {path} is no plain text file; use --join documents")
     try:
-        # newline="": a carriage return is part of the text.
-        with path.open(encoding="utf-8", newline="") as stream:
-            text = stream.read()
+        raw = path.read_bytes()
+        # Not as text: a carriage return is part of it. A byte order mark is not.
+        text = raw.decode("utf-8-sig")
     except OSError as error:
         raise RunError(f"text: {path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise RunError(f"text: {path}: is not UTF-8 at byte {error.start}; convert it") from error
+        # error.object is the text without a BOM.
+        place = len(raw) - len(error.object) + error.start
+        raise RunError(f"text: {path}: is not UTF-8 at byte {place}; convert it") from error
     # verbose=False: that a text is longer than the model's context is no mistake here.
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int32)
