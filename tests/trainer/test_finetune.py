@@ -1,11 +1,13 @@
 """Fine-tuning: the pattern bit for bit, merges that are exact, losses on what is to be learned."""
 
+import gzip
 import json
 import lzma
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 import torch
 from peft import PeftModel
@@ -335,6 +337,47 @@ def test_messages_learn_assistant_turns(tmp_path: Path, tokenizer: PreTrainedTok
     assert text_of(tokenizer, example.labels[example.labels != -100]) == "ho</s>end</s>"
 
 
+@pytest.mark.parametrize("packed", [".xz", ".gz", ".zst"])
+def test_prompt_files_are_packed_as_text_files(
+    completions: Path, tokenizer: PreTrainedTokenizerFast, packed: str
+) -> None:
+    raw = completions.read_bytes()
+    path = completions.with_name(f"packed.jsonl{packed}")
+    pack = {
+        ".xz": lzma.compress,
+        ".gz": gzip.compress,
+        ".zst": lambda raw: pyarrow.Codec("zstd").compress(raw, asbytes=True),
+    }[packed]
+    path.write_bytes(pack(raw))
+    found = load_examples((path,), tokenizer, context=64, held_out=0)
+    expected = load_examples((completions,), tokenizer, context=64, held_out=0)
+    assert (found.kind, found.sha256) == ("prompt", expected.sha256)
+    path.write_bytes(pack(raw)[:-8])
+    with pytest.raises(RunError, match=f"packed.jsonl{packed}: is not a whole {packed[1:]} file"):
+        load_examples((path,), tokenizer, context=64, held_out=0)
+
+
+def test_a_folder_is_its_files(
+    completions: Path, text_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    folder = tmp_path / "shards"
+    (folder / "sub").mkdir(parents=True)
+    first, *rest = completions.read_text().splitlines(keepends=True)
+    (folder / "a.jsonl").write_text(first)
+    (folder / "sub" / "b.jsonl").write_text("".join(rest))
+    found = load_examples((folder,), tokenizer, context=64, held_out=0)
+    expected = load_examples((completions,), tokenizer, context=64, held_out=0)
+    assert found.sha256 == expected.sha256
+    (folder / "c.txt").write_text("plain")
+    with pytest.raises(RunError, match=r"c\.txt: holds text, but .*a\.jsonl holds prompt"):
+        load_examples((folder,), tokenizer, context=64, held_out=0)
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.txt").write_bytes(text_file.read_bytes())
+    found = load_examples((texts,), tokenizer, context=32, held_out=0)
+    assert found.sha256 == load_examples((text_file,), tokenizer, context=32, held_out=0).sha256
+
+
 def test_long_examples_are_cut_and_counted(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -390,6 +433,8 @@ def test_padding_does_not_change_the_loss(
         ('{"prompt": "a"}', 'line 1: needs strings under "prompt" and "completion"'),
         ('{"prompt": "a", "completion": ""}', "line 1: needs strings under"),
         ('{"messages": [{"role": "user"}]}', "its tokenizer has no chat template"),
+        ('{"prompt": "a", "completion": "\\ud800"}', "line 1 holds half a surrogate pair"),
+        ('{"prompt": "a", "completion": "b", "n": ' + "9" * 5000 + "}", "line 1 is not JSON"),
         ("", "holds no lines"),
     ],
 )

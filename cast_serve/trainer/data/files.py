@@ -57,7 +57,7 @@ def expand(path: Path) -> list[Path]:
     else:
         files = [path]
     for file in files:
-        if _kind(file) is None:
+        if kind_of(file) is None:
             known = ", ".join((*_TEXT, ".jsonl"))
             elsewhere = "" if file == path else "; move it out, or name the files to read"
             raise RunError(
@@ -79,7 +79,7 @@ def documents(path: Path, *, text_key: str) -> Iterator[Piece]:
         RunError: the file cannot be read, is damaged, is not UTF-8, has no `text_key`, or holds no
             text; names the file, and the line, row or byte.
     """
-    kind = _kind(path)
+    kind = kind_of(path)
     if kind == ".parquet":
         pieces = _parquet(path, text_key)
     elif kind == ".jsonl":
@@ -118,7 +118,7 @@ def require_unicode(text: str, where: str) -> None:
         raise RunError(f"{where} holds half a surrogate pair") from error
 
 
-def _kind(path: Path) -> str | None:
+def kind_of(path: Path) -> str | None:
     """The suffix without that of the compression; None where it is unknown."""
     if path.suffix in (".parquet", ".jsonl", *_TEXT):
         return path.suffix

@@ -1,15 +1,14 @@
 """Files to token sequences with labels: plain text, completions or conversations.
 
-.txt .text .md, or .jsonl with "text"   as in training: blocks of `context`, loss on every token
+.txt .parquet, or .jsonl with "text"    as in training: blocks of `context`, loss on every token
 .jsonl with "prompt" and "completion"   loss on the completion and the EOS after it
 .jsonl with "messages"                  the tokenizer's chat template; loss on what follows the
                                         generation prompt of every assistant turn
-+ .xz                                   each, compressed
+
+Folders and compressed files are read as in training.
 """
 
 import hashlib
-import json
-import lzma
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from cast_serve.trainer.data import BlockStream, load_corpus
+from cast_serve.trainer.data.files import expand, json_rows, kind_of, require_unicode
 from cast_serve.trainer.data_source import DataSource
 from cast_serve.trainer.distill import IGNORED
 from cast_serve.trainer.errors import RunError
@@ -91,17 +91,20 @@ def load_examples(
 ) -> Examples:
     """Read and tokenise; without `eval_files` every (1/held_out)-th example is held out.
 
+    Args:
+        files: each of them may be a folder.
+
     Raises:
         RunError: a file or line is at fault, files are of several kinds, no template for
             "messages", or nothing is left to train on.
     """
-    kinds = {path: _kind(path) for path in (*files, *eval_files)}
-    for path, kind in kinds.items():
-        if kind != kinds[files[0]]:
-            raise RunError(
-                f"{path}: holds {kind}, but {files[0]} holds {kinds[files[0]]}; give one kind"
-            )
-    if kinds[files[0]] == "text":
+    paths = [path for file in files for path in expand(file)]
+    eval_paths = [path for file in eval_files for path in expand(file)]
+    kind = _kind(paths[0])
+    for path in (*paths, *eval_paths):
+        if (other := _kind(path)) != kind:
+            raise RunError(f"{path}: holds {other}, but {paths[0]} holds {kind}; give one kind")
+    if kind == "text":
         corpus = load_corpus(
             _sources(files),
             tokenizer,
@@ -119,11 +122,11 @@ def load_examples(
             evaluated_on=corpus.evaluated_on,
             sha256=corpus.sha256,
         )
-    train, cut, dropped = _tokenise(files, tokenizer, context)
+    train, cut, dropped = _tokenise(paths, tokenizer, context)
     evaluated_on = "training sample"
     evaluation = train[:16]
     if eval_files:
-        evaluation, *_ = _tokenise(eval_files, tokenizer, context)
+        evaluation, *_ = _tokenise(eval_paths, tokenizer, context)
         evaluated_on = "eval_data"
     elif held_out > 0 and len(train) > 1:
         every = max(2, round(1 / held_out))
@@ -138,7 +141,7 @@ def load_examples(
     return Examples(
         train=train,
         evaluation=evaluation,
-        kind=kinds[files[0]],
+        kind=kind,
         cut=cut,
         dropped=dropped,
         evaluated_on=evaluated_on,
@@ -158,16 +161,17 @@ def _whole(block: torch.Tensor) -> Example:
 
 
 def _tokenise(
-    files: tuple[Path, ...], tokenizer: PreTrainedTokenizerBase, context: int
+    paths: list[Path], tokenizer: PreTrainedTokenizerBase, context: int
 ) -> tuple[list[Example], int, int]:
     """Examples that keep a label, how many lost their end, and how many were dropped for it."""
     examples, cut, dropped = [], 0, 0
-    for path in files:
+    for path in paths:
         for where, row in _rows(path):
             pieces, first_has_special_tokens = _pieces(where, row, tokenizer)
             ids: list[int] = []
             labels: list[int] = []
             for place, (text, learned) in enumerate(pieces):
+                require_unicode(text, where)
                 special = place == 0 and first_has_special_tokens
                 part = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
                 ids += part
@@ -244,8 +248,7 @@ def _turns(where: str, messages: Any, tokenizer: PreTrainedTokenizerBase) -> Pie
 
 def _kind(path: Path) -> str:
     """ "text", "prompt" or "messages", by the name of the file and the keys of its first line."""
-    suffix = Path(path.stem).suffix if path.suffix == ".xz" else path.suffix
-    if suffix != ".jsonl":
+    if kind_of(path) != ".jsonl":
         return "text"
     where, row = next(_rows(path), (None, None))
     if row is None:
@@ -259,24 +262,7 @@ def _kind(path: Path) -> str:
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(file and line for errors, object) of a .jsonl."""
-    opener = lzma.open if path.suffix == ".xz" else open
-    try:
-        # newline: U+2028 and its like are legal inside a JSON string.
-        with opener(path, "rt", encoding="utf-8", newline="\n") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                where = f"{path}: line {number}"
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise RunError(f"{where} is not JSON: {error.msg}") from error
-                if not isinstance(row, dict):
-                    raise RunError(f"{where} is no JSON object")
-                yield where, row
-    except OSError as error:
-        raise RunError(f"{path}: cannot be read: {error.strerror}") from error
-    except lzma.LZMAError as error:
-        raise RunError(f"{path}: is not a whole xz file: {error}") from error
-    except UnicodeDecodeError as error:
-        raise RunError(f"{path}: is not UTF-8; convert it") from error
+    for where, row in json_rows(path):
+        if not isinstance(row, dict):
+            raise RunError(f"{where} is no JSON object")
+        yield where, row
