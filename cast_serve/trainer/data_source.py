@@ -6,6 +6,7 @@ hub:./folder   hub:./folder@validation             one on disk, as `datasets` re
 books.txt=0.3                                      any of them with its weight
 """
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,13 @@ class DataSource:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read PLACE or PLACE=WEIGHT; a tail that is no number belongs to the place."""
+        """Read PLACE or PLACE=WEIGHT.
+
+        A tail that is no number belongs to the place, and so does one of a path that exists:
+        partitioned tables lie in folders such as year=2024.
+        """
+        if os.path.exists(os.path.expanduser(text.removeprefix(_HUB))):
+            return cls(place=text)
         place, _, tail = text.rpartition("=")
         try:
             weight = float(tail) if place else None

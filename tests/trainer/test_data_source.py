@@ -26,6 +26,17 @@ def test_parse(text, place, weight):
     assert DataSource.parse(text) == DataSource(place=place, weight=weight)
 
 
+def test_a_path_that_exists_has_no_weight(tmp_path, monkeypatch):
+    """Folders of a partitioned table are called so."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "year=2024").mkdir()
+    (tmp_path / "year=2024/part.parquet").touch()
+    for place in ("year=2024", "year=2024/", "year=2024/part.parquet", "hub:./year=2024"):
+        assert DataSource.parse(place) == DataSource(place=place)
+        assert DataSource.parse(f"{place}=0.5") == DataSource(place=place, weight=0.5)
+    assert DataSource.parse("year=2023") == DataSource(place="year", weight=2023.0)
+
+
 @pytest.mark.parametrize(
     ("place", "name"),
     [
