@@ -34,6 +34,11 @@ def build_parser() -> Parser:
         help="files as for training",
     )
     text.add_argument(
+        "--text-key",
+        metavar="KEY",
+        help="key or column of the text in .jsonl, .parquet and data sets (default text)",
+    )
+    text.add_argument(
         "--samples", type=int, default=128, metavar="N", help="sequences drawn (default 128)"
     )
     text.add_argument(

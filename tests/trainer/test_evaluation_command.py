@@ -56,6 +56,17 @@ def test_everything_at_once(evaluate, llama_dir, text_file, items_file, tmp_path
     assert str(llama_dir.parent) not in line
 
 
+def test_text_key_of_documents(evaluate, tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_text(json.dumps({"body": "words " * 20}))
+    flags = ("--text", path, "--context", 32)
+    status, out, _ = evaluate(*flags, "--join", "documents", "--text-key", "body")
+    assert status == 0
+    assert json.loads(out.splitlines()[-1])["text"][0]["tokens"] == 6 * 20 + 1
+    status, _, err = evaluate(*flags, "--text-key", "body")
+    assert (status, "text_key: a file that is read as one text" in err) == (2, True)
+
+
 def test_bf16_is_another_number_nearby(evaluate, text_file):
     found = []
     for compute in ("fp32", "bf16"):

@@ -337,6 +337,18 @@ def test_messages_learn_assistant_turns(tmp_path: Path, tokenizer: PreTrainedTok
     assert text_of(tokenizer, example.labels[example.labels != -100]) == "ho</s>end</s>"
 
 
+def test_text_key_makes_text_of_any_rows(
+    tmp_path: Path, text_file: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    documents = text_file.read_text().split("\n\n\n")
+    rows = ({"prompt": "p", "completion": "c", "body": text} for text in documents)
+    path.write_text("\n".join(map(json.dumps, rows)))
+    found = load_examples((path,), tokenizer, context=32, held_out=0, text_key="body")
+    expected = load_examples((text_file,), tokenizer, context=32, held_out=0)
+    assert (found.kind, found.sha256) == ("text", expected.sha256)
+
+
 @pytest.mark.parametrize("packed", [".xz", ".gz", ".zst"])
 def test_prompt_files_are_packed_as_text_files(
     completions: Path, tokenizer: PreTrainedTokenizerFast, packed: str
@@ -483,6 +495,7 @@ def test_command(make: Callable[..., FinetuneConfig], capsys: pytest.CaptureFixt
         "--compute",
         "bf16",
     ]
+    flags += ["--text-key", "body"]
     assert main([str(flag) for flag in flags]) == 0
     assert f"wrote {config.output} (packed)" in capsys.readouterr().out
     assert_same_pattern(config.model, config.output)

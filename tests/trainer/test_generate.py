@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.generation import main as generate
+from cast_serve.trainer.generation import write
 from cast_serve.trainer.generation.distinct import Distinct, Verdict
 from cast_serve.trainer.generation.prompts import Prompts
 
@@ -62,12 +63,36 @@ def test_share_of_texts_from_nothing():
     assert nothing[3] == [7]
 
 
+def test_text_key_of_prompts(tokenizer, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"body": "b" * 40}))
+    given = ["--model", "m", "--output", "o.jsonl", "--tokens", "9", "--prompts", str(path)]
+    given += ["--unprompted", "0", "--text-key", "body"]
+    settings = generate._settings(generate.build_parser().parse_args(given))
+    prompt = write._prompts(settings, tokenizer)[0]
+    assert len(prompt) > 1 and set(tokenizer.decode(prompt[1:])) == {"b"}
+
+
+def test_a_file_that_was_begun_without_text_key_goes_on(tmp_path):
+    output = tmp_path / "a.jsonl"
+    given = ["--model", "m", "--output", str(output), "--tokens", "9"]
+    settings = generate._settings(generate.build_parser().parse_args(given))
+    generate._check_output(output, settings)
+    output.write_text("")
+    record = tmp_path / "a.jsonl.json"
+    before = json.loads(record.read_text())
+    del before["text_key"]
+    record.write_text(json.dumps(before))
+    generate._check_output(output, settings)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--temperature", "0"], "temperature: 0.0 is out of range"),
         (["--tokens", "0"], "tokens: 0 is out of range"),
         (["--least-tokens", "2000"], "least_tokens: 2000"),
+        (["--text-key", "body"], "text_key: there are no prompts to read"),
         (["--output", "text.txt"], r"text.txt must end in .jsonl"),
     ],
 )

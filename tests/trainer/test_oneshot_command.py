@@ -61,6 +61,15 @@ def test_two_of_four(llama_dir, gpt2_dir, prune, tmp_path, text_file, method, fo
     assert ("12 x 32 tokens" in out) == (method != "magnitude")
 
 
+def test_text_key_of_calibration_text(prune, tmp_path, llama_dir, text_file):
+    flags = ("--context", 32, "--samples", 4)
+    path = tmp_path / "text.jsonl"
+    path.write_text(json.dumps({"text": "x", "body": text_file.read_text()}))
+    status, out, err = prune(llama_dir, "wanda", *flags, "--data", path, "--text-key", "body")
+    assert (status, err) == (0, "")
+    assert "4 x 32 tokens" in out
+
+
 def test_other_patterns_are_stock_checkpoints(prune, tmp_path, gpt2_dir):
     status, out, _ = prune(gpt2_dir, "wanda", "--pattern", "4:8", "--context", 16)
     assert status == 0
@@ -81,6 +90,7 @@ def test_other_patterns_are_stock_checkpoints(prune, tmp_path, gpt2_dir):
         ("wanda", ["--samples", 0], "samples: 0 is out of range; it must be at least 1"),
         ("wanda", ["--context", 65], "context: 65 is more than the model's 64 positions"),
         ("magnitude", ["--data", "x.txt"], "data: magnitude looks at no text"),
+        ("magnitude", ["--text-key", "body"], "text_key: magnitude looks at no text"),
         ("magnitude", ["--pattern", "4:2"], "pattern: '4:2' is no N:M pattern"),
         ("obs", [], "argument --method: invalid choice: 'obs'"),
     ],

@@ -33,6 +33,7 @@ from cast_serve.trainer.errors import RunError
 # Goes up when the same text would give other tokens.
 _READING = "2"
 _SAMPLE = 16
+_TEXT_KEY = "text"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +87,7 @@ def load_corpus(
     held_out: float,
     eval_sources: tuple[DataSource, ...] = (),
     budget: int | None = None,
-    text_key: str = "text",
+    text_key: str | None = None,
     cache: bool = True,
 ) -> Corpus:
     """Read, tokenise, cut and split.
@@ -98,7 +99,7 @@ def load_corpus(
     Raises:
         RunError: a source is missing, unreadable, of no known kind or empty; too few tokens.
     """
-    reading = Reading(tokenizer=tokenizer, text_key=text_key, cache=cache)
+    reading = Reading(tokenizer=tokenizer, text_key=text_key or _TEXT_KEY, cache=cache)
     eos = end_of_document(tokenizer)
     weights = shares(sources)
     streams, digests = [], []
@@ -140,14 +141,21 @@ def load_corpus(
 
 
 def read_tokens(
-    sources: tuple[DataSource, ...], tokenizer: PreTrainedTokenizerBase, *, cache: bool = True
+    sources: tuple[DataSource, ...],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    text_key: str | None = None,
+    cache: bool = True,
 ) -> TokenRun:
     """All tokens of `sources`, end to end, EOS after each document; their weights do not matter.
+
+    Args:
+        text_key: key or column of the text; None is "text".
 
     Raises:
         RunError: as load_corpus.
     """
-    reading = Reading(tokenizer=tokenizer, text_key="text", cache=cache)
+    reading = Reading(tokenizer=tokenizer, text_key=text_key or _TEXT_KEY, cache=cache)
     return TokenRun([_tokens(source, reading, None)[0] for source in sources])
 
 

@@ -29,6 +29,11 @@ def build_parser() -> Parser:
         "after each document, as in training (default raw)",
     )
     text.add_argument(
+        "--text-key",
+        metavar="KEY",
+        help="key or column of the text in .jsonl and .parquet (default text)",
+    )
+    text.add_argument(
         "--context",
         type=int,
         metavar="N",

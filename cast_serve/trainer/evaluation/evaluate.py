@@ -23,6 +23,7 @@ class Request:
     """What to evaluate, and on what. Construction validates: RunError names the flag.
 
     Attributes:
+        text_key: key or column of the text of documents; None is "text".
         context: tokens per window; None is 1024, or the model's limit if that is less.
         stride: tokens between sliding windows; None is half the context.
         between: text between query and choice.
@@ -32,6 +33,7 @@ class Request:
     model: Path
     text: tuple[Path, ...] = ()
     join: Join = "raw"
+    text_key: str | None = None
     context: int | None = None
     stride: int | None = None
     zero_shot: tuple[Path, ...] = ()
@@ -46,6 +48,10 @@ class Request:
     def __post_init__(self) -> None:
         if not (self.text or self.zero_shot or self.tasks):
             raise RunError("nothing to evaluate on; give --text, --zero-shot or --tasks")
+        if self.text_key is not None and not (self.text and self.join == "documents"):
+            raise RunError(
+                "text_key: a file that is read as one text has no keys; give --join documents"
+            )
         for key, least in (("context", 2), ("stride", 1), ("limit", 1), ("batch_size", 1)):
             value = getattr(self, key)
             if value is not None and value < least:
@@ -104,7 +110,7 @@ def _perplexities(loaded: Loaded, path: Path, request: Request) -> dict[str, Any
             f"stride: {stride} would leave out tokens between windows of {context}; "
             "give at most the context"
         )
-    tokens = token_stream(path, loaded.tokenizer, join=request.join)
+    tokens = token_stream(path, loaded.tokenizer, join=request.join, text_key=request.text_key)
     if len(tokens) < context:
         raise RunError(
             f"text: {path} has {len(tokens)} tokens, less than one window of {context}; "

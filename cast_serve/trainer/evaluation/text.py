@@ -21,14 +21,19 @@ Join = Literal["raw", "documents"]
 _CONTAINERS = (".jsonl", ".parquet", ".xz", ".zst", ".gz")
 
 
-def token_stream(path: Path, tokenizer: PreTrainedTokenizerBase, *, join: Join) -> torch.Tensor:
+def token_stream(
+    path: Path, tokenizer: PreTrainedTokenizerBase, *, join: Join, text_key: str | None = None
+) -> torch.Tensor:
     """int32 [tokens] of the file `path`.
+
+    Args:
+        text_key: key or column of the text of documents; None is "text".
 
     Raises:
         RunError: missing, unreadable, not UTF-8, no text, or no plain text where join is raw.
     """
     if join == "documents":
-        tokens = read_tokens((DataSource(place=str(path)),), tokenizer)
+        tokens = read_tokens((DataSource(place=str(path)),), tokenizer, text_key=text_key)
         return tokens.read(0, len(tokens)).int()
     if path.suffix in _CONTAINERS:
         raise RunError(f"text: {path} is no plain text file; use --join documents")

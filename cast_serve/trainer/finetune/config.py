@@ -15,6 +15,8 @@ class FinetuneConfig:
     """One fine-tune. Construction validates: an impossible value raises RunError naming its key.
 
     Attributes:
+        text_key: train on the text under this key or column, whatever else rows hold; None: on
+            "text" where rows have neither prompt nor messages.
         lora: train low-rank adapters in place of the weights.
         merge: mask the adapters' product in training, and write a 2:4 model in place of an adapter.
         lora_target: last parts of module names; empty: every sparse linear.
@@ -24,6 +26,7 @@ class FinetuneConfig:
     data: tuple[Path, ...]
     output: Path
     eval_data: tuple[Path, ...] = ()
+    text_key: str | None = None
     held_out: float = 0.01
     steps: int | None = None
     epochs: float | None = None

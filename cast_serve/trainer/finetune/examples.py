@@ -88,11 +88,14 @@ def load_examples(
     context: int,
     held_out: float,
     eval_files: tuple[Path, ...] = (),
+    text_key: str | None = None,
 ) -> Examples:
     """Read and tokenise; without `eval_files` every (1/held_out)-th example is held out.
 
     Args:
         files: each of them may be a folder.
+        text_key: key or column of text to train on, whatever else rows hold; None is "text", of
+            rows that are neither prompts nor messages.
 
     Raises:
         RunError: a file or line is at fault, files are of several kinds, no template for
@@ -100,9 +103,9 @@ def load_examples(
     """
     paths = [path for file in files for path in expand(file)]
     eval_paths = [path for file in eval_files for path in expand(file)]
-    kind = _kind(paths[0])
+    kind = _kind(paths[0], text_key)
     for path in (*paths, *eval_paths):
-        if (other := _kind(path)) != kind:
+        if (other := _kind(path, text_key)) != kind:
             raise RunError(f"{path}: holds {other}, but {paths[0]} holds {kind}; give one kind")
     if kind == "text":
         corpus = load_corpus(
@@ -111,6 +114,7 @@ def load_examples(
             context=context,
             held_out=held_out,
             eval_sources=_sources(eval_files),
+            text_key=text_key,
         )
         (blocks,) = corpus.parts
         return Examples(
@@ -246,9 +250,9 @@ def _turns(where: str, messages: Any, tokenizer: PreTrainedTokenizerBase) -> Pie
     return [piece for piece in pieces if piece[0]]
 
 
-def _kind(path: Path) -> str:
+def _kind(path: Path, text_key: str | None) -> str:
     """ "text", "prompt" or "messages", by the name of the file and the keys of its first line."""
-    if kind_of(path) != ".jsonl":
+    if text_key is not None or kind_of(path) != ".jsonl":
         return "text"
     where, row = next(_rows(path), (None, None))
     if row is None:

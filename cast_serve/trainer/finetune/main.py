@@ -31,6 +31,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     flag("--output", type=Path, metavar="DIR", required=True, help="new folder")
     flag("--eval-data", help="files to evaluate on, of the kind of --data", **files)  # type: ignore[arg-type]
+    flag(
+        "--text-key",
+        metavar="KEY",
+        help="train on the text under this key or column of .jsonl and .parquet, whatever else "
+        "rows hold (default text, where there is no prompt and no messages)",
+    )
     flag("--held-out", type=float, metavar="X", help="share kept for evaluation (default 0.01)")
     flag("--steps", type=int, metavar="N", help="optimizer steps")
     flag("--epochs", type=float, metavar="X", help="passes over the data (default 1)")

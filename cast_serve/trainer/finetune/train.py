@@ -51,6 +51,7 @@ def run(config: FinetuneConfig, console: Console) -> None:
         context=context,
         held_out=config.held_out,
         eval_files=config.eval_data,
+        text_key=config.text_key,
     )
     steps = step_count(config, len(examples.train))
     _announce(config, examples, steps, context, console)

@@ -32,6 +32,8 @@ class Settings:
 
     model: str
     prompts: tuple[str, ...]
+    # None is "text".
+    text_key: str | None
     prompt_tokens: int
     unprompted: float
     temperature: float
@@ -63,6 +65,12 @@ def build_parser() -> argparse.ArgumentParser:
         default=[],
         metavar="FILE",
         help="text of whose kind more is to be written, as for training; default: none",
+    )
+    parser.add_argument(
+        "--text-key",
+        metavar="KEY",
+        help="key or column of the text in prompts of .jsonl, .parquet and data sets (default "
+        "text)",
     )
     parser.add_argument(
         "--prompt-tokens", type=int, default=16, metavar="N", help="at most, of a prompt"
@@ -127,9 +135,12 @@ def _settings(given: argparse.Namespace) -> Settings:
     for name, (holds, wanted) in ranges.items():
         if not holds:
             raise RunError(f"{name}: {getattr(given, name)} is out of range; it must be {wanted}")
+    if given.text_key is not None and not given.prompts:
+        raise RunError("text_key: there are no prompts to read; give --prompts FILE")
     return Settings(
         model=str(given.model),
         prompts=tuple(given.prompts),
+        text_key=given.text_key,
         **{name: getattr(given, name) for name in ranges},
     )
 

@@ -111,7 +111,7 @@ def _prompts(settings: "Settings", tokenizer: PreTrainedTokenizerBase) -> Prompt
     corpus = None
     if settings.prompts:
         sources = tuple(map(DataSource.parse, settings.prompts))
-        tokens = read_tokens(sources, tokenizer)
+        tokens = read_tokens(sources, tokenizer, text_key=settings.text_key)
         corpus = to_blocks(tokens, context=settings.prompt_tokens, key="prompts")
     return Prompts(
         corpus=corpus,

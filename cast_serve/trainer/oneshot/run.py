@@ -29,6 +29,7 @@ class Request:
 
     Attributes:
         data: calibration text; magnitude takes none.
+        text_key: key or column of the text in .jsonl, .parquet and data sets; None is "text".
         samples: calibration sequences, drawn by `seed` among all the text's.
         context: tokens per sequence; None is 1024, or the model's limit if that is less.
         export: "packed" becomes "dense" for patterns other than 2:4.
@@ -38,6 +39,7 @@ class Request:
     method: Method
     output: Path
     data: tuple[DataSource, ...] = ()
+    text_key: str | None = None
     pattern: str = "2:4"
     samples: int = 128
     context: int | None = None
@@ -52,6 +54,8 @@ class Request:
             raise RunError(f"method: {self.method!r} is not possible; use {', '.join(METHODS)}")
         if self.method == "magnitude" and self.data:
             raise RunError("data: magnitude looks at no text; leave --data out")
+        if self.method == "magnitude" and self.text_key is not None:
+            raise RunError("text_key: magnitude looks at no text; leave --text-key out")
         if self.method != "magnitude" and not self.data:
             raise RunError(f"data: {self.method} needs calibration text; give --data FILE")
         for key, least in (("samples", 1), ("context", 2), ("seed", 0)):
@@ -108,7 +112,8 @@ def _calibration(
     request: Request, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Calibration:
     context = context_length(model, request.context)
-    blocks = to_blocks(read_tokens(request.data, tokenizer), context=context, key="data")
+    tokens = read_tokens(request.data, tokenizer, text_key=request.text_key)
+    blocks = to_blocks(tokens, context=context, key="data")
     generator = torch.Generator().manual_seed(request.seed)
     chosen = torch.randperm(len(blocks), generator=generator)[: request.samples]
     ids = blocks.part(chosen).stacked()
