@@ -78,6 +78,16 @@ def test_entry_is_a_numpy_file_of_the_smallest_type(load, tokenizer, text_file):
     assert stored.tolist() == expected
 
 
+def test_special_tokens_spelled_out_are_text(load, tokenizer, tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("says <eos> twice <eos>")
+    load(path, context=8)
+    ids = np.load(entries()[0] / "tokens.npy").tolist()
+    assert ids.index(tokenizer.eos_token_id) == len(ids) - 1 == len("says <eos> twice <eos>")
+    # Elsewhere it is what its caller asked for.
+    assert tokenizer("<eos>", add_special_tokens=False)["input_ids"] == [tokenizer.eos_token_id]
+
+
 def test_large_vocabulary_takes_32_bits(tmp_path, tokenizer):
     class Large:
         """The tokenizer with one more entry, far out."""

@@ -31,7 +31,7 @@ from cast_serve.trainer.data_source import DataSource, shares
 from cast_serve.trainer.errors import RunError
 
 # Goes up when the same text would give other tokens.
-_READING = "2"
+_READING = "3"
 _SAMPLE = 16
 _TEXT_KEY = "text"
 

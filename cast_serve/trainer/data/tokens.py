@@ -156,10 +156,12 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 def _encode(batch: list[Piece], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """int32 tokens of all pieces, EOS after those that end a document."""
     eos = end_of_document(tokenizer)
+    # split_special_tokens: a text that spells "<eos>" out, as a book on tokenizers may, is text.
     # verbose=False: documents longer than the model's context are cut into blocks later.
     encoded = tokenizer(
         [piece.text for piece in batch],
         add_special_tokens=False,
+        split_special_tokens=True,
         return_attention_mask=False,
         return_token_type_ids=False,
         verbose=False,

@@ -101,7 +101,8 @@ def _recall(
             text, request, count = str(row["text"]), int(row["request"]), int(row["tokens"])
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(f"{output}: line {number} is not of cast-train generate") from error
-        distinct.judge(tokenizer(text, add_special_tokens=False)["input_ids"][-count:])
+        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        distinct.judge(ids[-count:])
         tokens += count
         following = max(following, request + 1)
     return tokens, following
