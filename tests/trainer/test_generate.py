@@ -63,6 +63,16 @@ def test_share_of_texts_from_nothing():
     assert nothing[3] == [7]
 
 
+def test_the_engine_draws_on_when_a_file_is_continued():
+    given = ["--model", "m", "--output", "o.jsonl", "--tokens", "9", "--seed", "7"]
+    settings = generate._settings(generate.build_parser().parse_args(given))
+    seeds = [write._engine_flags(settings, [], request=r)[-2:] for r in (0, 0, 1, 2048)]
+    assert seeds[0] == seeds[1]
+    assert {flag for flag, _ in seeds} == {"--seed"}
+    assert len({seed for _, seed in seeds}) == 3
+    assert all(0 <= int(seed) < 2**32 for _, seed in seeds)
+
+
 def test_text_key_of_prompts(tokenizer, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"body": "b" * 40}))
@@ -93,6 +103,7 @@ def test_a_file_that_was_begun_without_text_key_goes_on(tmp_path):
         (["--tokens", "0"], "tokens: 0 is out of range"),
         (["--least-tokens", "2000"], "least_tokens: 2000"),
         (["--text-key", "body"], "text_key: there are no prompts to read"),
+        (["--", "--seed", "5"], "seed: give it before --, where cast-train generate takes it"),
         (["--output", "text.txt"], r"text.txt must end in .jsonl"),
     ],
 )

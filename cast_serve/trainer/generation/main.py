@@ -7,7 +7,8 @@ of it, and the KL of Eq. 13 asks for nothing else; but what it knows and never w
     OUT.jsonl.json    the settings, which must be the same when it is continued
 
 Called again, it goes on until there are --tokens of them. Text number i is asked for with prompt i;
-sampling is seeded, but what a GPU samples depends on the batch that it is in.
+sampling is seeded by --seed and by how many texts were asked for before, but what a GPU samples
+depends on the batch that it is in.
 """
 
 import argparse
@@ -107,6 +108,8 @@ def main(arguments: Sequence[str]) -> int:
     settings = _settings(given)
     if given.tokens < 1:
         raise RunError(f"tokens: {given.tokens} is out of range; it must be at least 1")
+    if any(flag.partition("=")[0] == "--seed" for flag in engine):
+        raise RunError("seed: give it before --, where cast-train generate takes it")
     _check_output(given.output, settings)
     from cast_serve.trainer.generation.write import write
 

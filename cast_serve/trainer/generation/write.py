@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -41,7 +42,7 @@ def write(
     if written >= tokens:
         return counts, written
     prompts = _prompts(settings, tokenizer)
-    llm = _start(settings, engine)
+    llm = _start(settings.model, _engine_flags(settings, engine, request=request))
     with output.open("a", encoding="utf-8") as file, _bar() as bar:
         task = bar.add_task("tokens", total=tokens, completed=written, found="")
         while written < tokens:
@@ -95,7 +96,7 @@ def _recall(
     if whole != content:
         os.truncate(output, len(whole))
     tokens, following = 0, 0
-    for number, line in enumerate(whole.decode("utf-8").split("\n")[:-1], start=1):
+    for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
         try:
             row = json.loads(line)
             text, request, count = str(row["text"]), int(row["request"]), int(row["tokens"])
@@ -123,7 +124,17 @@ def _prompts(settings: "Settings", tokenizer: PreTrainedTokenizerBase) -> Prompt
     )
 
 
-def _start(settings: "Settings", engine: list[str]) -> Any:
+def _engine_flags(settings: "Settings", engine: list[str], *, request: int) -> list[str]:
+    """Flags of vLLM's engine for the texts from number `request` on.
+
+    An engine with the seed of the one before would write its texts again.
+    """
+    seed = int(np.random.SeedSequence((settings.seed, request)).generate_state(1)[0])
+    flags = ["--model", settings.model, "--max-model-len", str(settings.context)]
+    return [*flags, "--no-enable-prefix-caching", *engine, "--seed", str(seed)]
+
+
+def _start(model: str, flags: list[str]) -> Any:
     """A vLLM engine for the model."""
     # stdout is for the result.
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
@@ -132,12 +143,10 @@ def _start(settings: "Settings", engine: list[str]) -> Any:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
-    flags = ["--model", settings.model, "--max-model-len", str(settings.context)]
-    flags += ["--seed", str(settings.seed), "--no-enable-prefix-caching", *engine]
     try:
         return LLM.from_engine_args(EngineArgs.from_cli_args(parser.parse_args(flags)))
     except (RuntimeError, ValueError, OSError) as error:
-        raise RunError(f"model: vLLM cannot serve {settings.model}: {error}") from error
+        raise RunError(f"model: vLLM cannot serve {model}: {error}") from error
 
 
 def _complete(
