@@ -254,6 +254,24 @@ def test_other_forms_are_read(
     assert_same_pattern(tmp_path / "packed", config_.output)
 
 
+def test_record_is_of_what_was_written(
+    make: Callable[..., FinetuneConfig], sparse_dirs: dict[str, Path], tmp_path: Path
+) -> None:
+    """The base's 8-bit values are gone: what is said of them is said of the base."""
+    quantize(sparse_dirs["llama"], tmp_path / "fp8", to="fp8")
+    config = make(model=tmp_path / "fp8", steps=1)
+    train.run(config, QUIET)
+    record = json.loads((config.output / "cast.json").read_text())
+    assert "quantization" not in record
+    assert record["finetune"]["base_quantization"] == {"format": "packed-fp8"}
+    written = json.loads((config.output / "config.json").read_text())
+    assert written["quantization_config"]["format"] == "packed"
+    plain = make(steps=1, output=tmp_path / "plain")
+    train.run(plain, QUIET)
+    record = json.loads((plain.output / "cast.json").read_text())
+    assert "base_quantization" not in record["finetune"]
+
+
 def test_export_dense(make: Callable[..., FinetuneConfig]) -> None:
     config = make(steps=2, export="dense")
     train.run(config, QUIET)

@@ -257,6 +257,9 @@ def _write_model(
     weights = {stored: state[name].cpu() for stored, name in source.names.items()}
     before = source.folder / PROVENANCE
     kept = read_json(before, "") if before.is_file() else {}
+    # Of the base's 8-bit values; those that are written are not.
+    if "quantization" in kept:
+        record |= {"base_quantization": kept.pop("quantization")}
     provenance = kept | {"finetune": record}
     rewrite(source.folder, config.output, weights, to=config.export, provenance=provenance)
 
