@@ -12,7 +12,7 @@ teacher/         a cached teacher's top tokens
 import json
 import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ class Fixed:
     data_sha256: str
     # Loss of the untouched dense model on the evaluation blocks, nats per token.
     dense_loss: float
+    # Of the data sets of the hub, by name.
+    hub_commits: dict[str, str] = field(default_factory=dict)
 
 
 def check_folders(config: RunConfig) -> None:

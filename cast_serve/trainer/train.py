@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from cast_serve.model_loaders.errors import CheckpointError
 from cast_serve.trainer import checkpoint
 from cast_serve.trainer.config import RunConfig
-from cast_serve.trainer.data import BlockStream, Corpus, load_corpus
+from cast_serve.trainer.data import BlockStream, Corpus, hub_commits, load_corpus
 from cast_serve.trainer.data.packing import require_document_attention
 from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.evaluate import mean_loss, to_perplexity
@@ -73,12 +73,16 @@ def _run(config: RunConfig, console: Console, processes: Processes) -> None:
         raise RunError("offload: needs several processes; start them with torchrun")
     resumes = config.resume and not config.dry_run
     fixed = processes.on_first(lambda: read_run(config)) if resumes else None
+    # Of one process, or another might see a newer one.
+    commits = processes.on_first(lambda: _hub_commits(config, fixed, console))
     source = _load_source(config, processes)
     context = context_length(source.model, config.context)
     if config.document_attention:
         processes.on_first(lambda: require_document_attention(source.model))
     corpus = processes.first_to_last(
-        lambda: load_text(config, source, context=context, processes=processes.count)
+        lambda: load_text(
+            config, source, context=context, processes=processes.count, commits=commits
+        )
     )
     if fixed is not None:
         check_same_data(fixed, corpus)
@@ -98,7 +102,18 @@ def _run(config: RunConfig, console: Console, processes: Processes) -> None:
     if warning:
         console.print(f"warning: {warning}", style="yellow", markup=False)
     if not config.dry_run:
-        _train(config, source, corpus, plan, fixed, console, processes)
+        _train(config, source, corpus, plan, fixed, commits, console, processes)
+
+
+def _hub_commits(config: RunConfig, fixed: Fixed | None, console: Console) -> dict[str, str]:
+    """Commits of the run's data sets of the hub, by name: of a resumed run those it recorded."""
+    known = fixed.hub_commits if fixed else {}
+    sources = (*config.data, *config.eval_data)
+    commits = hub_commits(sources, known=known, cache=config.token_cache)
+    for name, commit in commits.items():
+        since = ", as when the run started" if name in known else ""
+        console.print(f"hub:{name} is read at commit {commit}{since}", markup=False)
+    return commits
 
 
 def _load_source(config: RunConfig, processes: Processes) -> Source:
@@ -143,6 +158,7 @@ def _train(
     corpus: Corpus,
     plan: Plan,
     fixed: Fixed | None,
+    commits: dict[str, str],
     console: Console,
     processes: Processes,
 ) -> None:
@@ -181,6 +197,7 @@ def _train(
             lambda_=config.lambda_ or method.decay(gradient),
             data_sha256=corpus.sha256,
             dense_loss=dense_loss,
+            hub_commits=commits,
         )
         begun = fixed
         processes.on_first(lambda: write_run(config, begun))
@@ -289,8 +306,19 @@ def _output_errors(config: RunConfig) -> Iterator[None]:
         ) from error
 
 
-def load_text(config: RunConfig, source: Source, *, context: int, processes: int = 1) -> Corpus:
-    """The text of a run, in blocks of `context` tokens."""
+def load_text(
+    config: RunConfig,
+    source: Source,
+    *,
+    context: int,
+    processes: int = 1,
+    commits: dict[str, str],
+) -> Corpus:
+    """The text of a run, in blocks of `context` tokens.
+
+    Args:
+        commits: of the data sets of the hub, by name.
+    """
     return load_corpus(
         config.data,
         source.tokenizer,
@@ -300,6 +328,7 @@ def load_text(config: RunConfig, source: Source, *, context: int, processes: int
         budget=token_budget(config, context=context, processes=processes),
         text_key=config.text_key,
         cache=config.token_cache,
+        commits=commits,
     )
 
 
@@ -378,6 +407,7 @@ def _provenance(
         "data": {
             "files": [source.name for source in config.data],
             **({"shares": corpus.shares} if corpus.shares else {}),
+            **({"hub_commits": fixed.hub_commits} if fixed.hub_commits else {}),
             "sha256": fixed.data_sha256,
         },
         "tokens": plan.tokens,

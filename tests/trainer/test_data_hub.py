@@ -3,6 +3,8 @@
 A hub id differs in where its commit and its rows come from alone.
 """
 
+import dataclasses
+import io
 import json
 import os
 import subprocess
@@ -13,8 +15,11 @@ from threading import Thread
 import datasets
 import pytest
 from datasets import Dataset, DatasetDict
+from rich.console import Console
 
-from cast_serve.trainer.data import hub, load_corpus, tokens
+from cast_serve.trainer import train
+from cast_serve.trainer.data import corpus, hub, load_corpus, tokens
+from cast_serve.trainer.data.files import Piece
 from cast_serve.trainer.data.hub import rows
 from cast_serve.trainer.data_source import DataSource, HubName
 from cast_serve.trainer.errors import RunError
@@ -90,8 +95,6 @@ def test_budget_counts_the_held_out_share_and_the_weight(folder, load, text_file
 
 
 def test_known_tokens_are_not_read_again(folder, load, monkeypatch):
-    from cast_serve.trainer.data import corpus
-
     first = load(f"hub:{folder}", budget=5000)
 
     def fail(*_, **__):
@@ -139,7 +142,8 @@ def endpoint(monkeypatch):
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             known = self.path == "/api/datasets/org/name"
-            body = json.dumps({"id": "org/name", "sha": "abc"} if known else {}).encode()
+            sha = self.server.sha
+            body = json.dumps({"id": "org/name", "sha": sha} if known else {}).encode()
             self.send_response(200 if known else 404)
             self.send_header("Content-Length", str(len(body)))
             if not known:
@@ -151,6 +155,7 @@ def endpoint(monkeypatch):
             pass
 
     with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.sha = "abc"
         address = f"http://127.0.0.1:{server.server_port}"
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
@@ -172,3 +177,70 @@ def test_commit_last_seen_serves_where_the_hub_cannot_be_reached(
     assert "taking commit abc, last seen" in caplog.text
     with pytest.raises(RunError, match="data: hub:org/name: "):
         hub.revision(known, cache=False)
+
+
+@pytest.fixture
+def commits_read(monkeypatch):
+    """Commits whose rows were read; each has its own text."""
+    read = []
+
+    def rows_of(hub, commit, *, text_key):
+        read.append(commit)
+        for number in range(200):
+            yield Piece(f"row {number} of {commit}", ends=True)
+
+    monkeypatch.setattr(corpus, "rows", rows_of)
+    return read
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_a_run_resumes_at_the_commit_it_started_with(
+    endpoint, make_config, monkeypatch, tmp_path, commits_read, cache
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    config = make_config(
+        data=(DataSource.parse("hub:org/name"),),
+        steps=2,
+        allow_short_travel=True,
+        token_cache=cache,
+    )
+    train.run(config, Console(quiet=True))
+    record = json.loads((config.run_dir / "run.json").read_text())
+    assert record["fixed"]["hub_commits"] == {"org/name": "abc"}
+    output = json.loads((config.output / "cast.json").read_text())
+    assert output["data"]["hub_commits"] == {"org/name": "abc"}
+
+    endpoint.sha = "def"
+    said = io.StringIO()
+    resumed = dataclasses.replace(config, resume=True)
+    train.run(resumed, Console(file=said, width=1000))
+    assert "hub:org/name is read at commit abc, as when the run started" in said.getvalue()
+    # Nor is the hub asked.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    train.run(resumed, Console(quiet=True))
+    assert set(commits_read) == {"abc"}
+
+
+def test_a_run_that_recorded_no_commit_takes_the_newest(
+    endpoint, make_config, monkeypatch, tmp_path, commits_read
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    config = make_config(data=(DataSource.parse("hub:org/name"),), steps=2, allow_short_travel=True)
+    train.run(config, Console(quiet=True))
+    path = config.run_dir / "run.json"
+    record = json.loads(path.read_text())
+    del record["fixed"]["hub_commits"]
+    path.write_text(json.dumps(record))
+    train.run(dataclasses.replace(config, resume=True), Console(quiet=True))
+    endpoint.sha = "def"
+    with pytest.raises(RunError, match="no longer give the tokens"):
+        train.run(dataclasses.replace(config, resume=True), Console(quiet=True))
+
+
+def test_evaluation_data_and_folders_and_commits(endpoint, folder):
+    sources = tuple(map(DataSource.parse, ("hub:org/name:en", f"hub:{folder}", "a.txt")))
+    assert hub.hub_commits(sources, known={}, cache=False) == {"org/name": "abc"}
+    endpoint.sha = "def"
+    assert hub.hub_commits(sources, known={"org/name": "abc"}, cache=False) == {"org/name": "abc"}
+    with pytest.raises(RunError, match="hub:org/no: "):
+        hub.hub_commits((DataSource.parse("hub:org/no"),), known={}, cache=False)

@@ -12,6 +12,15 @@ stream       sequence i of the run
 
 from cast_serve.trainer.data.blocks import to_blocks
 from cast_serve.trainer.data.corpus import Corpus, load_corpus, read_tokens
+from cast_serve.trainer.data.hub import hub_commits
 from cast_serve.trainer.data.stream import BlockStream, collate
 
-__all__ = ["BlockStream", "Corpus", "collate", "load_corpus", "read_tokens", "to_blocks"]
+__all__ = [
+    "BlockStream",
+    "Corpus",
+    "collate",
+    "hub_commits",
+    "load_corpus",
+    "read_tokens",
+    "to_blocks",
+]

@@ -5,8 +5,8 @@ of its own, drawn by its share and read again from its start when it is used up.
 """
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import chain
 from math import ceil
 from pathlib import Path
@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from cast_serve.trainer.data.blocks import Blocks, held_out_rows, to_blocks
 from cast_serve.trainer.data.cache import cached, file_digest, key_of_source, uncached
 from cast_serve.trainer.data.files import Piece, documents, expand, suffix
-from cast_serve.trainer.data.hub import revision, rows
+from cast_serve.trainer.data.hub import hub_commits, rows
 from cast_serve.trainer.data.tokens import (
     TokenRun,
     Written,
@@ -72,11 +72,13 @@ class Reading:
     Attributes:
         text_key: key or column of the text in .jsonl, .parquet and data sets.
         cache: keep tokens for the next run.
+        commits: at which data sets of the hub are read, by name; the newest of others.
     """
 
     tokenizer: PreTrainedTokenizerBase
     text_key: str
     cache: bool
+    commits: Mapping[str, str] = field(default_factory=dict)
 
 
 def load_corpus(
@@ -89,6 +91,7 @@ def load_corpus(
     budget: int | None = None,
     text_key: str | None = None,
     cache: bool = True,
+    commits: Mapping[str, str] | None = None,
 ) -> Corpus:
     """Read, tokenise, cut and split.
 
@@ -96,10 +99,15 @@ def load_corpus(
     the text has a share in it. With a `budget` of training tokens, data sets of the hub are read no
     further than it can need; files are read in full, because blocks are drawn from all of a source.
 
+    Args:
+        commits: at which data sets of the hub are read, by name; the newest of others.
+
     Raises:
         RunError: a source is missing, unreadable, of no known kind or empty; too few tokens.
     """
-    reading = Reading(tokenizer=tokenizer, text_key=text_key or _TEXT_KEY, cache=cache)
+    reading = Reading(
+        tokenizer=tokenizer, text_key=text_key or _TEXT_KEY, cache=cache, commits=commits or {}
+    )
     eos = end_of_document(tokenizer)
     weights = shares(sources)
     streams, digests = [], []
@@ -193,7 +201,7 @@ def _tokens(source: DataSource, reading: Reading, limit: int | None) -> tuple[np
         if reading.cache:
             parts += [f"{suffix(file)} {file_digest(file)}" for file in files]
     else:
-        commit = None if hub.folder else revision(hub, cache=reading.cache)
+        commit = hub_commits([source], known=reading.commits, cache=reading.cache).get(hub.name)
         pieces = rows(hub, commit, text_key=reading.text_key)
         parts += [f"hub {hub.config} {hub.split}"]
         if hub.folder is None:

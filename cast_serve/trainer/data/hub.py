@@ -1,21 +1,37 @@
 """The documents of a data set of the hub, or of one on disk that `datasets` reads or has saved.
 
 Rows are streamed: what is not asked for is not downloaded. A hub id is read at the commit that its
-main branch is at when the run starts; where the hub cannot be reached, at the one last seen, whose
-tokens may be cached.
+main branch is at when the run starts, also when it is resumed; where the hub cannot be reached, at
+the one last seen, whose tokens may be cached.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from cast_serve.trainer.data.cache import note_commit, noted_commit
 from cast_serve.trainer.data.files import Piece, cut
-from cast_serve.trainer.data_source import HubName
+from cast_serve.trainer.data_source import DataSource, HubName
 from cast_serve.trainer.errors import RunError
 
 logger = logging.getLogger(__name__)
+
+
+def hub_commits(
+    sources: Iterable[DataSource], *, known: Mapping[str, str], cache: bool = True
+) -> dict[str, str]:
+    """The commit of every hub id among `sources`; `known` ones are not asked for.
+
+    Raises:
+        RunError: as revision.
+    """
+    found: dict[str, str] = {}
+    for source in sources:
+        hub = source.hub
+        if hub is not None and hub.folder is None and hub.name not in found:
+            found[hub.name] = known.get(hub.name) or revision(hub, cache=cache)
+    return found
 
 
 def revision(hub: HubName, *, cache: bool = True) -> str:

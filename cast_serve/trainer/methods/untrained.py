@@ -3,6 +3,7 @@
 import shutil
 
 from cast_serve.trainer.config import RunConfig
+from cast_serve.trainer.data import hub_commits
 from cast_serve.trainer.evaluate import mean_loss, to_perplexity
 from cast_serve.trainer.export import publish, write_training_form
 from cast_serve.trainer.layers import layers_of
@@ -27,7 +28,8 @@ def prune_without_training(config: RunConfig) -> None:
     model = source.model
     model.to("cuda" if takes_gpu(config.device) else "cpu")  # type: ignore[arg-type]  # hidden by a decorator
     context = context_length(model, config.context)
-    corpus = load_text(config, source, context=context)
+    commits = hub_commits((*config.data, *config.eval_data), known={}, cache=config.token_cache)
+    corpus = load_text(config, source, context=context, commits=commits)
     layers = layers_of(model, config)
     dense = mean_loss(model, corpus.evaluation)
     fixed = Fixed(
@@ -38,6 +40,7 @@ def prune_without_training(config: RunConfig) -> None:
         lambda_=0.0,
         data_sha256=corpus.sha256,
         dense_loss=dense,
+        hub_commits=commits,
     )
     write_run(config, fixed)
     sample = make_stream(config, corpus, length=CALIBRATION_SEQUENCES)
