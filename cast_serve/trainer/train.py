@@ -73,6 +73,8 @@ def _run(config: RunConfig, console: Console, processes: Processes) -> None:
         raise RunError("offload: needs several processes; start them with torchrun")
     resumes = config.resume and not config.dry_run
     fixed = processes.on_first(lambda: read_run(config)) if resumes else None
+    if fixed is not None:
+        check_same_step(config, fixed, processes)
     # Of one process, or another might see a newer one.
     commits = processes.on_first(lambda: _hub_commits(config, fixed, console))
     source = _load_source(config, processes)
@@ -94,8 +96,6 @@ def _run(config: RunConfig, console: Console, processes: Processes) -> None:
     plan = processes.on_first(
         lambda: _plan(config, source, corpus, layers, context, fixed, processes)
     )
-    if fixed is not None:
-        check_same_step(fixed, plan)
     console.print(render_plan(plan, config))
     # A run that is resumed was allowed when it started.
     warning = check_travel(plan, allowed=config.allow_short_travel or fixed is not None)
@@ -352,12 +352,13 @@ def check_same_data(fixed: Fixed, corpus: Corpus) -> None:
         )
 
 
-def check_same_step(fixed: Fixed, plan: Plan) -> None:
+def check_same_step(config: RunConfig, fixed: Fixed, processes: Processes) -> None:
     """Raise RunError if a step would have more or fewer sequences than the run was started with."""
-    if fixed.sequences_per_step != plan.sequences_per_step:
+    sequences = config.batch_size * config.gradient_accumulation * processes.count
+    if fixed.sequences_per_step != sequences:
         raise RunError(
             f"resume: the run was started with {fixed.sequences_per_step} sequences a step, and "
-            f"processes x batch_size x gradient_accumulation is now {plan.sequences_per_step}; "
+            f"processes x batch_size x gradient_accumulation is now {sequences}; "
             "change batch_size or gradient_accumulation so that it is the same"
         )
 

@@ -242,6 +242,19 @@ def test_resume_with_another_configuration(finished, changes, message):
         train.run(dataclasses.replace(finished, resume=True, **changes), QUIET)
 
 
+def test_another_step_is_refused_before_text_is_read(finished, monkeypatch):
+    def fail(*_, **__):
+        raise AssertionError("the text was read")
+
+    monkeypatch.setattr(train, "load_text", fail)
+    changed = dataclasses.replace(finished, resume=True, batch_size=3)
+    with pytest.raises(RunError, match=r"started with 4 sequences a step, and .* is now 3"):
+        train.run(changed, QUIET)
+    twice = dataclasses.replace(finished, resume=True, batch_size=2, gradient_accumulation=2)
+    with pytest.raises(AssertionError, match="the text was read"):
+        train.run(twice, QUIET)
+
+
 def test_resume_with_other_text(finished, text_file, tmp_path):
     text = text_file.read_text()
     try:
