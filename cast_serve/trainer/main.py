@@ -5,12 +5,14 @@
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 
 from cast_serve.model_loaders.errors import CheckpointError
 from cast_serve.trainer.arguments import parse
 from cast_serve.trainer.commands import find_command
 from cast_serve.trainer.errors import RunError
+from cast_serve.trainer.said_once import say_once
 
 _RESUME = "; if OUTPUT.run exists, --resume continues from its last checkpoint"
 _EXTRA = ("datasets", "tensorboard", "matplotlib")
@@ -26,13 +28,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     program = f"cast-train {name}" if name else "cast-train"
     # highlight=False: rich would colour parts of numbers and paths.
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    say = partial(errors.print, markup=False)
     try:
         return find_command(name)(arguments[1:]) if name else _train(arguments)
     except (RunError, CheckpointError) as error:
-        errors.print(f"{program}: error: {error}", markup=False)
+        say_once(f"{program}: error: {error}", say)
         return 2
     except KeyboardInterrupt:
-        errors.print(f"{program}: interrupted{_RESUME if not name else ''}", markup=False)
+        say_once(f"{program}: interrupted{_RESUME if not name else ''}", say)
         return 130
 
 

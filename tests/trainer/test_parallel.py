@@ -111,6 +111,49 @@ def test_checkpoint_of_two_shards_resumes_in_one_process(alone, llama_dir, text_
     assert "4 sequences a step" in refused.stderr
 
 
+ALONE = """
+import os, sys
+from datetime import timedelta
+from cast_serve.trainer import said_once, train
+from cast_serve.trainer.errors import RunError
+from cast_serve.trainer.main import main
+
+said_once._PATIENCE = timedelta(seconds=1)
+if os.environ["RANK"] == "1":
+    def fail(*_, **__):
+        raise RunError("this host cannot read it")
+    train.load_text = fail
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_an_error_of_all_processes_is_said_once(llama_dir, text_file, tmp_path):
+    refused = [
+        # Before and after the processes know of each other, of one for all, and of each.
+        start(2, llama_dir, text_file, tmp_path / "out", "--held-out", "2"),
+        start(2, llama_dir, tmp_path / "absent.txt", tmp_path / "out"),
+        start(2, llama_dir, text_file, tmp_path / "out", context=65),
+    ]
+    for done, message in zip(
+        refused, ("held_out: 2", "absent.txt: cannot be read", "context: 65"), strict=True
+    ):
+        assert done.returncode != 0
+        assert done.stderr.count("cast-train: error: ") == 1, done.stderr
+        assert message in done.stderr
+
+
+def test_an_error_of_one_process_is_said(llama_dir, text_file, tmp_path):
+    script = tmp_path / "alone.py"
+    script.write_text(ALONE)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node=2", str(script), "--model", str(llama_dir)]
+    command += ["--data", str(text_file), "--output", str(tmp_path / "out"), "--device", "cpu"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode != 0
+    assert done.stderr.count("cast-train: error: this host cannot read it\n") == 1, done.stderr
+
+
 def test_conv1d_is_cut_along_its_outputs(gpt2_dir, text_file, tmp_path):
     """GPT-2: a cut along dimension 0 would go through groups."""
     model = tmp_path / "gpt2"
