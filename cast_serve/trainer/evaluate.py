@@ -1,4 +1,4 @@
-"""Perplexity over non-overlapping windows, each seen without the text before it.
+"""Mean loss over non-overlapping windows, each seen without the text before it.
 
 A window of `context` tokens predicts context-1 of them: the convention of the SparseGPT, Wanda and
 CAST tables. Always in eval mode; the model's mode is restored.
@@ -8,26 +8,10 @@ import math
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from cast_serve.trainer.head import loss_head
 from cast_serve.trainer.objective import Objective
 from cast_serve.trainer.processes import ALONE, Processes
-
-
-def perplexity(
-    model: PreTrainedModel, tokens: torch.Tensor, context: int, *, batch_size: int = 8
-) -> float:
-    """exp of the mean loss of `tokens` (int [tokens]) in windows of `context`; the rest is dropped.
-
-    Raises:
-        ValueError: fewer tokens than one window.
-    """
-    count = len(tokens) // context
-    if not count:
-        raise ValueError(f"{len(tokens)} tokens are less than one window of {context}")
-    windows = tokens[: count * context].view(count, context)
-    return to_perplexity(mean_loss(model, windows, batch_size=batch_size))
 
 
 @torch.no_grad()

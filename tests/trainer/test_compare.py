@@ -14,7 +14,7 @@ from cast_serve.trainer.compare_results import Point, Row, render
 from cast_serve.trainer.data import load_corpus
 from cast_serve.trainer.data_source import DataSource
 from cast_serve.trainer.errors import RunError
-from cast_serve.trainer.evaluate import perplexity
+from cast_serve.trainer.evaluate import mean_loss, to_perplexity
 from cast_serve.trainer.gradient import Gradient
 from cast_serve.trainer.main import main
 from cast_serve.trainer.source import load_source
@@ -56,7 +56,7 @@ def written_perplexity(folder, llama_dir, eval_file):
     source = DataSource(place=str(eval_file))
     tokenizer = load_source(llama_dir).tokenizer
     (blocks,) = load_corpus((source,), tokenizer, context=CONTEXT, held_out=0.0).parts
-    return perplexity(model, blocks.stacked().flatten(), CONTEXT)
+    return to_perplexity(mean_loss(model, blocks.stacked()))
 
 
 @pytest.mark.slow
