@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     set_model_state_dict,
 )
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
@@ -50,43 +50,40 @@ def replicate(model: nn.Module, processes: Processes) -> nn.Module:
     )
 
 
-def shard(model: PreTrainedModel, processes: Processes, *, offload: bool = False) -> None:
+def shard(
+    model: PreTrainedModel,
+    processes: Processes,
+    *,
+    offload: bool = False,
+    blocks_alone: bool = False,
+) -> None:
     """Spread `model` over all processes, in place; its weights are those of the first one.
 
     Args:
         offload: the slices stay in host memory, and so does what is made of them.
+        blocks_alone: what is outside the decoder blocks stays whole on every device.
 
     Raises:
         RunError: a Conv1D weight whose N is no multiple of the number of processes.
     """
     weights: dict[str, Any] = model.state_dict() if processes.is_first else {}
-    mesh = init_device_mesh(processes.device.type, (processes.count,))
-    options = _options(mesh, processes, offload=offload)
-    options["shard_placement_fn"] = _placement(model, processes.count)
-    for block in decoder_blocks(model):
-        fully_shard(block, **options)
-    fully_shard(model, **options)
-    set_model_state_dict(model, weights, options=_FROM_FIRST)
-
-
-def shard_blocks(model: PreTrainedModel, processes: Processes, *, offload: bool) -> None:
-    """As shard, for a frozen model: what is outside its blocks stays whole on every device."""
-    weights: dict[str, Any] = model.state_dict() if processes.is_first else {}
-    mesh = init_device_mesh(processes.device.type, (processes.count,))
-    for block in decoder_blocks(model):
-        fully_shard(block, **_options(mesh, processes, offload=offload))
-    with without_blocks(model):
-        model.to(processes.device)  # type: ignore[arg-type]  # hidden by a decorator
-    set_model_state_dict(model, weights, options=_FROM_FIRST)
-
-
-def _options(mesh: DeviceMesh, processes: Processes, *, offload: bool) -> dict[str, Any]:
-    # True, also for a unit that is in no other one: else it stays whole after a forward pass alone,
-    # as evaluation and a teacher's are, and the optimizer would be given whole parameters.
-    options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True}
+    options: dict[str, Any] = {
+        "mesh": init_device_mesh(processes.device.type, (processes.count,)),
+        # Also of a unit that is in no other one: else it stays whole after a forward pass alone, as
+        # evaluation and a teacher's are, and the optimizer would be given whole parameters.
+        "reshard_after_forward": True,
+        "shard_placement_fn": _placement(model, processes.count),
+    }
     if offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=processes.device.type == "cuda")
-    return options
+    for block in decoder_blocks(model):
+        fully_shard(block, **options)
+    if blocks_alone:
+        with without_blocks(model):
+            model.to(processes.device)  # type: ignore[arg-type]  # hidden by a decorator
+    else:
+        fully_shard(model, **options)
+    set_model_state_dict(model, weights, options=_FROM_FIRST)
 
 
 def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:

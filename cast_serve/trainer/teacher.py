@@ -16,7 +16,7 @@ from cast_serve.trainer.distill import Projection
 from cast_serve.trainer.head import loss_head, put_loss_head
 from cast_serve.trainer.layers import compile_blocks, without_blocks
 from cast_serve.trainer.objective import logits_of
-from cast_serve.trainer.parallel import is_sharded, shard_blocks
+from cast_serve.trainer.parallel import is_sharded, shard
 from cast_serve.trainer.processes import Processes
 
 
@@ -61,7 +61,7 @@ def make_teacher(model: PreTrainedModel, config: RunConfig, processes: Processes
     if config.compile and not offload:
         compile_blocks(twin)
     if sharded:
-        shard_blocks(twin, processes, offload=offload or config.offload)
+        shard(twin, processes, offload=offload or config.offload, blocks_alone=True)
     elif offload:
         _offload_(twin, processes.device)
     else:
