@@ -1,5 +1,6 @@
-"""A transformers model from the folder of a sparse checkpoint and its weights, already unpacked."""
+"""A transformers model from the folder of a sparse checkpoint and its weights, unpacked."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,29 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from cast_serve.kernels.packing import unpack
+from cast_serve.model_loaders.checkpoint import Checkpoint
+from cast_serve.model_loaders.layers import WEIGHT, is_transposed
+from cast_serve.model_loaders.stream import PackedLinear, stream
 from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.source import require_whole
+
+
+def unpacked(
+    checkpoint: Checkpoint,
+) -> Iterator[tuple[str, torch.Tensor, PackedLinear | None]]:
+    """(stock name, tensor, what it is unpacked from) of every tensor; None for one that is dense.
+
+    2:4 weights have their zeros and the layout of the model, Conv1D's [K, N].
+    """
+    for item in stream(checkpoint):
+        if isinstance(item, PackedLinear):
+            weight = unpack(item.values, item.bitmask)
+            if is_transposed(checkpoint.config.get("model_type"), item.name):
+                weight = weight.t()
+            yield item.name + WEIGHT, weight, item
+        else:
+            yield item.name, item.tensor, None
 
 
 def build_model(

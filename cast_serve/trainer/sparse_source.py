@@ -7,13 +7,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cast_serve.kernels.packing import unpack
 from cast_serve.model_loaders.checkpoint import Checkpoint
-from cast_serve.model_loaders.layers import is_transposed
+from cast_serve.model_loaders.layers import WEIGHT, is_transposed
 from cast_serve.model_loaders.rewrite import kept_slots
-from cast_serve.model_loaders.stream import PackedLinear, stream
 from cast_serve.trainer.errors import RunError
-from cast_serve.trainer.from_weights import build_model
+from cast_serve.trainer.from_weights import build_model, unpacked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,25 +49,20 @@ def load_sparse(folder: Path) -> SparseSource:
     weights: dict[str, torch.Tensor] = {}
     bitmasks: dict[str, torch.Tensor] = {}
     dtypes: list[torch.dtype] = []
-    for item in stream(checkpoint):
-        if isinstance(item, PackedLinear):
-            transposed = is_transposed(checkpoint.config.get("model_type"), item.name)
-            kept = kept_slots(item)
-            weight = unpack(item.values, item.bitmask)
-            bitmasks[item.name] = kept.t() if transposed else kept
-            weights[f"{item.name}.weight"] = weight.t() if transposed else weight
-            dtypes.append(item.values.dtype)
-        else:
-            weights[item.name] = item.tensor
+    for name, tensor, packed in unpacked(checkpoint):
+        weights[name] = tensor
+        if packed is not None:
+            kept = kept_slots(packed)
+            transposed = is_transposed(checkpoint.config.get("model_type"), packed.name)
+            bitmasks[name] = kept.t() if transposed else kept
+            dtypes.append(packed.values.dtype)
     if not bitmasks:
         raise RunError(
             f"model: {folder} has no 2:4 layer; prune it first: cast-train or `cast-model prune`"
         )
     model, tokenizer = build_model(folder, weights)
     names = _match(folder, model, weights)
-    masks = {
-        names[f"{name}.weight"].removesuffix(".weight"): kept for name, kept in bitmasks.items()
-    }
+    masks = {names[name].removesuffix(WEIGHT): kept for name, kept in bitmasks.items()}
     return SparseSource(
         folder=folder,
         model=model.float(),

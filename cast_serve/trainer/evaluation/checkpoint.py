@@ -11,12 +11,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cast_serve.kernels.packing import unpack
 from cast_serve.model_loaders.checkpoint import CONFIG, Checkpoint
 from cast_serve.model_loaders.formats import Format, recognise
-from cast_serve.model_loaders.layers import WEIGHT, find_layers, is_transposed
-from cast_serve.model_loaders.stream import PackedLinear, stream
-from cast_serve.trainer.from_weights import build_model
+from cast_serve.trainer.from_weights import build_model, unpacked
 from cast_serve.trainer.source import load_source, read_config
 
 
@@ -41,23 +38,9 @@ def load_checkpoint(folder: Path, *, dtype: torch.dtype) -> Loaded:
         source = load_source(folder)
         model, tokenizer = source.model, source.tokenizer
     else:
-        model, tokenizer = build_model(folder, _dense_weights(Checkpoint.open(folder)))
+        weights = {name: tensor for name, tensor, _ in unpacked(Checkpoint.open(folder))}
+        model, tokenizer = build_model(folder, weights)
     # Parameters alone: model.to(dtype) would round the rotary frequencies, which stay in fp32.
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return Loaded(model=model.eval(), tokenizer=tokenizer, form=form)
-
-
-def _dense_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """Every tensor by its stock name, 2:4 layers with their zeros."""
-    model_type = checkpoint.config.get("model_type")
-    weights = {}
-    for item in stream(checkpoint, layers=find_layers(checkpoint)):
-        if isinstance(item, PackedLinear):
-            weight = unpack(item.values, item.bitmask)
-            weights[item.name + WEIGHT] = (
-                weight.t() if is_transposed(model_type, item.name) else weight
-            )
-        else:
-            weights[item.name] = item.tensor
-    return weights
