@@ -20,7 +20,6 @@ class Method(ABC):
     def __init__(self, config: RunConfig) -> None:
         self.config = config
 
-    @abstractmethod
     def add_layers(
         self,
         model: PreTrainedModel,
@@ -36,6 +35,17 @@ class Method(ABC):
             stream: the sequences of the run, to calibrate on.
             resumed: a checkpoint's weights and masks will replace those made here.
         """
+        if not resumed:
+            self.prune(model, layers, stream)
+        self.replace_layers(model, layers)
+
+    def prune(self, model: PreTrainedModel, layers: list[LayerChoice], stream: BlockStream) -> None:
+        """Prune before training, in place: nothing, unless the method starts sparse."""
+        return
+
+    @abstractmethod
+    def replace_layers(self, model: PreTrainedModel, layers: list[LayerChoice]) -> None:
+        """Replace the chosen layers of `model` by those that are trained; in place."""
 
     def decay(self, gradient: Gradient) -> float:
         """lambda where the configuration gives none; 0 without a decay."""

@@ -23,82 +23,72 @@ AST_DECAY = 6e-5
 AST_RAMP = 0.5
 
 
-class Dense(Method):
+class _WithAdamW(Method):
+    """A method whose optimizer is MaskedAdamW."""
+
+    def mask_interval(self) -> int | None:
+        """Steps that a mask holds for; None: for ever."""
+        return None
+
+    def ramp_steps(self, fixed: Fixed) -> int:
+        """Steps over which lambda rises."""
+        return 0
+
+    def optimizer(self, model: nn.Module, fixed: Fixed) -> MaskedAdamW:
+        return MaskedAdamW(
+            model,
+            lr=fixed.lr,
+            pattern=self.config.nm,
+            decay=fixed.lambda_,
+            ramp_steps=self.ramp_steps(fixed),
+            mask_interval=self.mask_interval(),
+            betas=(self.config.beta1, self.config.beta2),
+            eps=self.config.eps,
+        )
+
+
+class Dense(_WithAdamW):
     """The same loss, data and schedule with nothing sparse."""
 
-    def add_layers(
-        self,
-        model: PreTrainedModel,
-        layers: list[LayerChoice],
-        stream: BlockStream,
-        *,
-        resumed: bool,
-    ) -> None:
+    def replace_layers(self, model: PreTrainedModel, layers: list[LayerChoice]) -> None:
         assert all(layer.dense_because for layer in layers), "a dense run has no sparse layer"
 
-    def optimizer(self, model: nn.Module, fixed: Fixed) -> MaskedAdamW:
-        return _adamw(self.config, model, fixed)
 
-
-class FixedMask(Method):
+class FixedMask(_WithAdamW):
     """Pruned before training; the survivors are trained, the mask never changes."""
 
-    def add_layers(
-        self,
-        model: PreTrainedModel,
-        layers: list[LayerChoice],
-        stream: BlockStream,
-        *,
-        resumed: bool,
-    ) -> None:
-        if not resumed:
-            prune_at_start(
-                model,
-                layers,
-                self.config.initial_mask,
-                pattern=self.config.nm,
-                stream=stream,
-            )
+    def prune(self, model: PreTrainedModel, layers: list[LayerChoice], stream: BlockStream) -> None:
+        config = self.config
+        prune_at_start(model, layers, config.initial_mask, pattern=config.nm, stream=stream)
+
+    def replace_layers(self, model: PreTrainedModel, layers: list[LayerChoice]) -> None:
         _add_masks(self.config, model, layers, straight_through=False)
 
-    def optimizer(self, model: nn.Module, fixed: Fixed) -> MaskedAdamW:
-        return _adamw(self.config, model, fixed)
 
-
-class SrSte(Method):
+class SrSte(_WithAdamW):
     """Masked forward, straight-through gradient, lambda * w on pruned weights, mask each step."""
 
-    def add_layers(
-        self,
-        model: PreTrainedModel,
-        layers: list[LayerChoice],
-        stream: BlockStream,
-        *,
-        resumed: bool,
-    ) -> None:
+    def mask_interval(self) -> int:
+        return 1
+
+    def replace_layers(self, model: PreTrainedModel, layers: list[LayerChoice]) -> None:
         _add_masks(self.config, model, layers, straight_through=True)
 
     def decay(self, gradient: Gradient) -> float:
         return SR_STE_DECAY
 
-    def optimizer(self, model: nn.Module, fixed: Fixed) -> MaskedAdamW:
-        return _adamw(self.config, model, fixed, mask_interval=1)
-
 
 class Ast(SrSte):
     """SR-STE whose lambda rises over the first half of the run; a mask holds for an interval."""
 
+    def mask_interval(self) -> int:
+        return self.config.mask_interval
+
+    def ramp_steps(self, fixed: Fixed) -> int:
+        return round(AST_RAMP * fixed.steps)
+
     def decay(self, gradient: Gradient) -> float:
         return AST_DECAY
-
-    def optimizer(self, model: nn.Module, fixed: Fixed) -> MaskedAdamW:
-        return _adamw(
-            self.config,
-            model,
-            fixed,
-            ramp_steps=round(AST_RAMP * fixed.steps),
-            mask_interval=self.config.mask_interval,
-        )
 
 
 def _add_masks(
@@ -111,24 +101,4 @@ def _add_masks(
         scaling_blocks=config.scaling_blocks,
         straight_through=straight_through,
         learn_scale=config.learns_scales,
-    )
-
-
-def _adamw(
-    config: RunConfig,
-    model: nn.Module,
-    fixed: Fixed,
-    *,
-    ramp_steps: int = 0,
-    mask_interval: int | None = None,
-) -> MaskedAdamW:
-    return MaskedAdamW(
-        model,
-        lr=fixed.lr,
-        pattern=config.nm,
-        decay=fixed.lambda_,
-        ramp_steps=ramp_steps,
-        mask_interval=mask_interval,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
     )

@@ -4,7 +4,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from cast_serve.trainer.calibrate import measure_lambda
-from cast_serve.trainer.data import BlockStream
 from cast_serve.trainer.gradient import Gradient
 from cast_serve.trainer.layers import LayerChoice, add_scales, optimizer_groups
 from cast_serve.trainer.methods.base import Method
@@ -15,14 +14,7 @@ from cast_serve.trainer.run_dir import Fixed
 class Cast(Method):
     """docs/method.md."""
 
-    def add_layers(
-        self,
-        model: PreTrainedModel,
-        layers: list[LayerChoice],
-        stream: BlockStream,
-        *,
-        resumed: bool,
-    ) -> None:
+    def replace_layers(self, model: PreTrainedModel, layers: list[LayerChoice]) -> None:
         add_scales(model, layers, scaling_blocks=self.config.scaling_blocks)
 
     def decay(self, gradient: Gradient) -> float:
