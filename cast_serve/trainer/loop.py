@@ -70,13 +70,17 @@ class Training:
         for step in range(done + 1, steps + 1):
             self._step(step)
             last = step == steps
-            if step == 1 or last or step % config.log_steps == 0:
-                self._log(step, journal)
-            if self._evaluation_is_due(step):
-                self._evaluate(step, journal)
-            if last or step % config.save_steps == 0:
+            logs = step == 1 or last or step % config.log_steps == 0
+            evaluates = self._evaluation_is_due(step)
+            saves = last or step % config.save_steps == 0
+            if logs or evaluates or saves:
                 # What is saved must be worth resuming from.
                 self.guard.check(config.run_dir, step)
+            if logs:
+                self._log(step, journal)
+            if evaluates:
+                self._evaluate(step, journal)
+            if saves:
                 checkpoint.save(
                     config.run_dir,
                     step,
@@ -101,7 +105,6 @@ class Training:
         self.guard.see((1 - eta) * parts[0] + eta * parts[1], norm)
 
     def _log(self, step: int, journal: Journal | None) -> None:
-        self.guard.check(self.config.run_dir, step)
         count = step - self._logged
         means = self.processes.sum(self._sums) / (count * self.processes.count)
         ce, kl, norm = means.tolist()
@@ -143,7 +146,6 @@ class Training:
     def _evaluate(self, step: int, journal: Journal | None) -> None:
         """Log preview() of the model after `step`; training goes on as if it had not been."""
         begun = time.perf_counter()
-        self.guard.check(self.config.run_dir, step)
         figures = preview(
             self.gradient.model, self.evaluation, self.config.nm, processes=self.processes
         )

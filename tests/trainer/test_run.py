@@ -22,6 +22,7 @@ from cast_serve.trainer.data_source import DataSource
 from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.evaluate import mean_loss
 from cast_serve.trainer.gradient import Gradient
+from cast_serve.trainer.guard import Guard
 from cast_serve.trainer.journal import read_history
 from cast_serve.trainer.layers import add_scales, choose_layers
 from cast_serve.trainer.processes import ALONE
@@ -246,6 +247,19 @@ def test_loss_limit(make_config):
     config = make_config(allow_short_travel=True, loss_limit=1.0)
     with pytest.raises(RunError, match=r"above the limit of 1, by step 1; there is no checkpoint"):
         run(config)
+
+
+def test_the_guard_is_asked_once_a_step(make_config, monkeypatch):
+    """Each time the processes add up their losses, and the GPU is waited for."""
+    check, steps = Guard.check, []
+
+    def counted(self, run_dir, step):
+        steps.append(step)
+        check(self, run_dir, step)
+
+    monkeypatch.setattr(Guard, "check", counted)
+    run(make_config(allow_short_travel=True, steps=6, log_steps=2, save_steps=3, eval_steps=4))
+    assert steps == [1, 2, 3, 4, 6]
 
 
 def test_long_run_empties_the_masked_weights(make_config):
