@@ -5,6 +5,8 @@ log.jsonl has one object a line: "step", counted from 1, and the figures of that
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -47,10 +49,12 @@ class Journal:
 
         kept = [entry for entry in read_history(run_dir) if done and entry["step"] <= done]
         staging = run_dir / f"{_FILE}.part"
-        staging.write_text("".join(map(_line, kept)), encoding="utf-8")
-        os.replace(staging, run_dir / _FILE)
-        self._file = (run_dir / _FILE).open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run_dir / "logs"), purge_step=done + 1)
+        self._run_dir = run_dir
+        with self._writing():
+            staging.write_text("".join(map(_line, kept)), encoding="utf-8")
+            os.replace(staging, run_dir / _FILE)
+            self._file = (run_dir / _FILE).open("a", encoding="utf-8")
+            self._board = SummaryWriter(str(run_dir / "logs"), purge_step=done + 1)
         self._console = console
         self._steps = steps
         self._bar = Progress(
@@ -75,8 +79,10 @@ class Journal:
         trace: TracebackType | None,
     ) -> None:
         self._bar.stop()
-        self._file.close()
-        self._board.close()
+        # Of a run that has failed already the first error counts.
+        with self._writing() if error is None else suppress(OSError):
+            self._file.close()
+            self._board.close()
 
     def advance(self, step: int) -> None:
         """`step` steps are done."""
@@ -84,20 +90,26 @@ class Journal:
 
     def write(self, step: int, figures: dict[str, float]) -> None:
         """Add an entry; without a terminal it is a line of output, too."""
-        try:
+        with self._writing():
             self._file.write(_line({"step": step, **figures}))
             self._file.flush()
-        except OSError as error:
-            raise RunError(
-                f"output: cannot write {self._file.name} ({error.strerror}); make room and "
-                "continue with --resume"
-            ) from error
-        for name, value in figures.items():
-            self._board.add_scalar(name, value, step)
+            # Written by a thread, whose errors come here with a later entry.
+            for name, value in figures.items():
+                self._board.add_scalar(name, value, step)
         shown = _shown(figures)
         self._bar.update(self._task, figures=shown)
         if not self._console.is_terminal:
             self._console.print(f"step {step}/{self._steps}  {shown}", markup=False)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunError(
+                f"output: cannot write the log in {self._run_dir} ({error.strerror}); make room "
+                "and continue with --resume"
+            ) from error
 
 
 def _shown(figures: dict[str, float]) -> str:

@@ -198,6 +198,41 @@ sys.exit(main(sys.argv[1:]))
     assert "resuming after step 10 of 40" in done.stdout
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["in a step", "when resumed"])
+def test_full_disk_while_logging_is_one_line(llama_dir, text_file, tmp_path, moment):
+    """TensorBoard writes in a thread of its own, whose errors come later."""
+    limited = """
+import resource, sys
+from cast_serve.trainer import journal
+from cast_serve.trainer.main import main
+
+limit, resumed = int(sys.argv[1]), "--resume" in sys.argv
+begin = journal.Journal.__init__
+def limit_and_begin(self, *arguments, **options):
+    if not resumed:
+        begin(self, *arguments, **options)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    if resumed:
+        begin(self, *arguments, **options)
+journal.Journal.__init__ = limit_and_begin
+sys.exit(main(sys.argv[2:]))
+"""
+    arguments = [*flags(llama_dir, text_file, tmp_path / "out"), "--log-steps", "1"]
+    if moment == "when resumed":
+        done = drive("step", 26 * 4, arguments)
+        assert done.returncode == -signal.SIGKILL
+        arguments.append("--resume")
+    ended = subprocess.run(
+        [sys.executable, "-c", limited, "3000", *arguments], capture_output=True, text=True
+    )
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stderr.count("cast-train: error: ") == 1
+    last = ended.stderr.strip().splitlines()[-1]
+    assert last.startswith("cast-train: error: output: cannot write ")
+    assert last.endswith("make room and continue with --resume")
+
+
 @pytest.fixture
 def finished(make_config):
     config = make_config(steps=2, allow_short_travel=True, save_steps=1)
