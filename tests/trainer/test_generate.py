@@ -73,6 +73,15 @@ def test_the_engine_draws_on_when_a_file_is_continued():
     assert all(0 <= int(seed) < 2**32 for _, seed in seeds)
 
 
+@pytest.mark.parametrize("lines", [1, 1000])
+def test_full_disk_is_one_line(tmp_path, lines):
+    """More lines than a buffer holds fail in another place than few."""
+    output = tmp_path / "a.jsonl"
+    output.symlink_to("/dev/full")
+    with pytest.raises(RunError, match=r"cannot write .*a.jsonl \(No space left.*; make room"):
+        write._append(output, ["text " * 20 + "\n"] * lines)
+
+
 def test_text_key_of_prompts(tokenizer, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"body": "b" * 40}))

@@ -43,28 +43,27 @@ def write(
         return counts, written
     prompts = _prompts(settings, tokenizer)
     llm = _start(settings.model, _engine_flags(settings, engine, request=request))
-    with output.open("a", encoding="utf-8") as file, _bar() as bar:
+    with _bar() as bar:
         task = bar.add_task("tokens", total=tokens, completed=written, found="")
         while written < tokens:
             asked = [prompts[request + index] for index in range(batch)]
-            kept = 0
+            kept: list[str] = []
             for index, generated in enumerate(_complete(llm, asked, settings, request)):
                 verdict = distinct.judge(generated)
                 counts[str(verdict)] += 1
                 if verdict is not Verdict.KEPT:
                     continue
-                kept += 1
                 # Special tokens, such as the one that begins every text, are not text.
                 text = tokenizer.decode([*asked[index], *generated], skip_special_tokens=True)
                 line = {"text": text, "request": request + index, "tokens": len(generated)}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                kept.append(json.dumps(line, ensure_ascii=False) + "\n")
                 written += len(generated)
-            _flush(file, output)
+            _append(output, kept)
             request += batch
             bar.update(task, completed=min(written, tokens), found=_shares(counts))
-            if kept < batch // 100 + 1:
+            if len(kept) < batch // 100 + 1:
                 raise RunError(
-                    f"output: of {batch} texts {kept} were kept ({_shares(counts)}); raise "
+                    f"output: of {batch} texts {len(kept)} were kept ({_shares(counts)}); raise "
                     "temperature, or give prompts of more kinds"
                 )
     llm.llm_engine.engine_core.shutdown()
@@ -174,9 +173,10 @@ def _complete(
     return written
 
 
-def _flush(file: Any, output: Path) -> None:
+def _append(output: Path, lines: list[str]) -> None:
     try:
-        file.flush()
+        with output.open("a", encoding="utf-8") as file:
+            file.writelines(lines)
     except OSError as error:
         raise RunError(
             f"output: cannot write {output} ({error.strerror}); make room and start it again"
