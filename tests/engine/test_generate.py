@@ -55,3 +55,10 @@ def test_generate_and_continue(tmp_path):
     assert len({row["text"] for row in again}) == len(again)
     requests = [row["request"] for row in again]
     assert requests == sorted(set(requests))
+
+
+def test_a_continued_file_holds_other_texts(tmp_path):
+    """Without prompts nothing but the engine's seed tells one call's texts from another's."""
+    output = tmp_path / "text.jsonl"
+    generate(output, 500)
+    assert "seen before" not in generate(output, 1500)["texts"]
