@@ -360,6 +360,11 @@ class RunConfig:
                 "cuda_graph: gradient_checkpointing reads the GPU's random state in every pass, "
                 "which a graph cannot; use one of the two"
             )
+        if self.document_attention:
+            raise RunError(
+                "cuda_graph: document_attention looks at every batch on the host; use one of the "
+                "two"
+            )
         if self.teacher == "offload":
             raise RunError("cuda_graph: a teacher in host memory cannot be recorded; use resident")
 

@@ -18,7 +18,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.data import Dataset
+from transformers import PreTrainedModel
 
+from cast_serve.trainer.attention import attend_to_whole_blocks
 from cast_serve.trainer.config import RunConfig
 from cast_serve.trainer.data import collate
 from cast_serve.trainer.distill import Loss, Targets
@@ -54,6 +56,9 @@ class Gradient:
         self._cached = isinstance(stream, CachedStream)
         self._recorded: Recorded | None = None
         if config.cuda_graph:
+            for one in (model, teacher.model if teacher else None):
+                if isinstance(one, PreTrainedModel):
+                    attend_to_whole_blocks(one)
             self._recorded = Recorded(partial(self._pass, eta=config.eta), [*model.parameters()])
 
     def accumulate(self, step: int, *, eta: float) -> torch.Tensor:

@@ -21,7 +21,6 @@ if not torch.cuda.is_available():
         pytest.param(["--gradient-accumulation", "3"], id="accumulation"),
         pytest.param(["--compute", "bf16", "--compile"], id="compiled in bf16"),
         pytest.param(["--teacher", "cached"], id="cached teacher"),
-        pytest.param(["--document-attention"], id="document attention"),
         pytest.param(["--method", "sr-ste"], id="masks in the forward pass"),
     ],
 )
