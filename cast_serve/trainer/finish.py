@@ -158,6 +158,7 @@ def _provenance(
         "scaling_blocks": config.scaling_blocks,
         "mask_interval": config.mask_interval,
         "decay_ramp": config.decay_ramp,
+        "masked_rate": config.masked_rate,
         "compute": config.compute,
         "teacher_top_k": config.teacher_top_k if config.teacher == "cached" else None,
         "document_attention": config.document_attention,

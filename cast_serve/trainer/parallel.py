@@ -78,12 +78,20 @@ def shard(
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=processes.device.type == "cuda")
     for block in decoder_blocks(model):
         fully_shard(block, **options)
-    if blocks_alone:
-        with without_blocks(model):
-            model.to(processes.device)  # type: ignore[arg-type]  # hidden by a decorator
-    else:
+    if not blocks_alone:
         fully_shard(model, **options)
+    # All weights arrive on one device: where the blocks are.
+    elif not offload:
+        _move_the_rest(model, processes.device)
     set_model_state_dict(model, weights, options=_FROM_FIRST)
+    if blocks_alone and offload:
+        _move_the_rest(model, processes.device)
+
+
+def _move_the_rest(model: PreTrainedModel, device: torch.device) -> None:
+    """Move what is outside the decoder blocks."""
+    with without_blocks(model):
+        model.to(device)  # type: ignore[arg-type]  # hidden by a decorator
 
 
 def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:

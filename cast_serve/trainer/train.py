@@ -61,6 +61,9 @@ def _run(config: RunConfig, console: Console, processes: Processes) -> None:
     processes.on_first(lambda: check_folders(config))
     if config.offload and processes.count == 1:
         raise RunError("offload: needs several processes; start them with torchrun")
+    if config.cuda_graph and (processes.count > 1 or processes.device.type != "cuda"):
+        there = f"{processes.count} processes on {processes.device.type}"
+        raise RunError(f"cuda_graph: needs one process on an NVIDIA GPU; here are {there}")
     resumes = config.resume and not config.dry_run
     fixed = processes.on_first(lambda: read_run(config)) if resumes else None
     if fixed is not None:
