@@ -1,6 +1,7 @@
 """deploy/docker: hadolint has nothing to say, and the build finds what it copies."""
 
 import re
+import subprocess
 
 import pytest
 from deploy_files import DEPLOY, changed
@@ -34,5 +35,16 @@ def test_context_has_what_is_copied():
     for source in re.findall(r"^COPY (?!--from)(\S+)", DOCKERFILE.read_text(), re.MULTILINE):
         assert (ROOT / source).exists()
         assert source not in ignored
-    # Without it the wheel would not know its version.
-    assert ".git" not in ignored
+
+
+def test_context_has_what_the_version_is_made_of():
+    """Without .git there is no version; without a tracked file the checkout counts as changed."""
+    assert ".git" not in (ROOT / ".dockerignore").read_text().split()
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--ignored", "--exclude-from", ".dockerignore"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert listed.stdout == ""

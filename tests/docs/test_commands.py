@@ -23,7 +23,6 @@ TO_RUN = {
 # What makes a command small. It stays the command: sizes change, and what takes a CPU hours.
 SMALLER = [
     (r"--tokens \d{6,}", "--tokens 2048 --allow-short-travel"),
-    (r"(cast-train compare .*) --allow-short-travel", r"\1"),
     (r"(generate .*)--tokens 1e9(.*)", r"\1--tokens 64 --context 64\2"),
     (r"--context 4096", "--context 32"),
     (r"--nproc-per-node 8", "--nproc-per-node 2"),
