@@ -7,7 +7,8 @@
 Against   the same model, batch and loss head without teacher, scales and masks: next-token loss and
           torch.optim.AdamW(fused=True). The floor: CAST in at most 1.45 of it, of which the
           teacher's forward pass alone is about a third.
-Method    Random weights and tokens, bf16 autocast on fp32 weights, blocks through torch.compile.
+Method    Random weights and tokens, bf16 autocast on fp32 weights, blocks through torch.compile,
+          both passes recorded as a CUDA graph.
           Whole steps (gradient, clipping, optimizer; one in ten refreshes masks) between CUDA
           events, after a warm-up; the median. Parts are timed in steps of their own, and kernels in
           a profile of one.
@@ -97,14 +98,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="cast-bench train", description="Time a training step of CAST and of fine-tuning."
     )
+    device = find_device()
+    on_gpu = device.type == "cuda"
     add_common_arguments(parser)
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="sequences")
     parser.add_argument("--context", type=int, default=1024, metavar="N", help="tokens of each")
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="that are timed")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=on_gpu)
+    parser.add_argument("--cuda-graph", action=argparse.BooleanOptionalAction, default=on_gpu)
     given = parser.parse_args(arguments)
-    device = find_device()
-    on_gpu = device.type == "cuda"
     try:
         models = find_models(given.models, device)
         for flag in ("batch_size", "context", "steps"):
@@ -122,7 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         batch_size=given.batch_size,
         context=given.context,
         compute="bf16",
-        compile=on_gpu if given.compile is None else given.compile,
+        compile=given.compile,
+        cuda_graph=given.cuda_graph,
     )
 
     def both(model: Decoder) -> list[Row]:

@@ -36,7 +36,9 @@ class SparseWeight:
         return tuple(size / (2 * kept) for size in sizes)
 
 
-def build(values: torch.Tensor, mask: torch.Tensor, layouts: tuple[str, ...]) -> SparseWeight:
+def build(
+    values: torch.Tensor, mask: torch.Tensor, layouts: tuple[str, ...], *, reuse_mask: bool = False
+) -> SparseWeight:
     """Lay out a packed weight for the kernels of a plan.
 
     cuSPARSELt reads values and metadata from one buffer, so with its layout `values` is copied to
@@ -48,6 +50,8 @@ def build(values: torch.Tensor, mask: torch.Tensor, layouts: tuple[str, ...]) ->
             waited for: this waits, and whoever changes a weight in place has to.
         mask: uint8 [N, K/8] on the same device.
         layouts: of LAYOUT_NAMES, as in `Plan.layouts`; "cusparselt" only on the current device.
+        reuse_mask: the first metadata of the mask's size is written over it: memory that is asked
+            for between large tensors may be more than what is needed.
 
     Raises:
         ValueError: shapes do not belong together.
@@ -64,6 +68,11 @@ def build(values: torch.Tensor, mask: torch.Tensor, layouts: tuple[str, ...]) ->
         cusparselt.fill_metadata(blob, mask, problem)
         values = shared
         metadata[cusparselt.SPEC.metadata] = blob
+    if reuse_mask and not any(tensor.data_ptr() == mask.data_ptr() for tensor in metadata.values()):
+        fitting = (name for name, tensor in metadata.items() if tensor.nbytes == mask.nbytes)
+        if (name := next(fitting, None)) is not None:
+            found = metadata[name]
+            metadata[name] = mask.view(-1).view(found.dtype).view(found.shape).copy_(found)
     if values.is_cuda:
         torch.cuda.current_stream(values.device).synchronize()
     return SparseWeight(values=values, metadata=tuple(metadata[layout] for layout in layouts))

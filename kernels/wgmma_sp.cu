@@ -186,6 +186,9 @@ extern "C" __global__ void ATTRIBUTES wgmma_sp(const __grid_constant__ TensorMap
         if (threadIdx.x == COMPUTE_WARPS * 32) {
             Cursor cursor;
             asm volatile("griddepcontrol.wait;" ::: "memory");
+            // Not before: the kernel after this one may then start, which counts on the one ahead of
+            // this to have ended. A launch's cost is so hidden behind this kernel's work.
+            asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
             if (first_tile < tiles) {
                 int token = tile_at(first_tile, row_tiles, token_tiles).token;
 #pragma unroll 1

@@ -267,6 +267,7 @@ def _arguments(numbers: StepNumbers) -> tuple[float, ...]:
         1 / (1 - n.beta2**n.t),
         n.eps,
         n.lr / (1 - n.beta1**n.t),
+        n.masked_lr / (1 - n.beta1**n.t),
     )
 
 

@@ -32,12 +32,14 @@ class StepNumbers:
     """The numbers of step t, the same for every weight of a group.
 
     Attributes:
+        lr, masked_lr: the rate of weights that survive or stay dense, and of masked ones.
         share: a_t, the share of the decay in the update of masked weights.
         decay: lambda.
     """
 
     t: int
     lr: float
+    masked_lr: float
     share: float
     decay: float
     beta1: float
@@ -86,7 +88,12 @@ class Reference:
                 blended = torch.where(mask, mu, decayed)
             nu.mul_(n.beta2).addcmul_(blended, blended, value=1 - n.beta2)
             scale = nu.div(1 - n.beta2**n.t).sqrt_().add_(n.eps)
-            weight.addcdiv_(blended, scale, value=-n.lr / (1 - n.beta1**n.t))
+            correction = 1 / (1 - n.beta1**n.t)
+            if mask is None or n.masked_lr == n.lr:
+                weight.addcdiv_(blended, scale, value=-n.lr * correction)
+            else:
+                rate = torch.where(mask, n.lr * correction, n.masked_lr * correction)
+                weight.sub_(blended.div_(scale).mul_(rate))
 
     def refresh(
         self,

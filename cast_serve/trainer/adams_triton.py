@@ -63,7 +63,8 @@ def _update(
 ):
     """Eq. 7-8 for UNROLL * BLOCK entries from `start` on."""
     w_ptr, g_ptr, mu_ptr, nu_ptr, mask_ptr = ptrs
-    beta1, one_less_beta1, beta2, one_less_beta2, kept, pull, correction, eps, rate = numbers
+    moments, kept, pull, correction, eps, rate, fast = numbers
+    beta1, one_less_beta1, beta2, one_less_beta2 = moments
     # All loads before the first store: what is stored might be what is loaded next, for all that
     # the compiler knows, so it would not do it.
     loaded = ()
@@ -82,12 +83,15 @@ def _update(
         w = loaded[5 * u]
         mu = beta1 * loaded[5 * u + 2] + one_less_beta1 * loaded[5 * u + 1]
         blended = mu
+        pace = rate
         if MASKED:
+            survives = loaded[5 * u + 4] != 0
             sign = tl.where(w > 0, 1.0, tl.where(w < 0, -1.0, 0.0))
-            blended = tl.where(loaded[5 * u + 4] != 0, mu, kept * mu + pull * sign)
+            blended = tl.where(survives, mu, kept * mu + pull * sign)
+            pace = tl.where(survives, rate, fast)
         nu = beta2 * loaded[5 * u + 3] + one_less_beta2 * (blended * blended)
         # Rounded as torch rounds them; the approximate ones are no faster where bytes bind.
-        w -= rate * tl.div_rn(blended, tl.sqrt_rn(nu * correction) + eps)
+        w -= pace * tl.div_rn(blended, tl.sqrt_rn(nu * correction) + eps)
         _store(w_ptr, place, w, size, FULL)
         _store(mu_ptr, place, mu, size, FULL)
         _store(nu_ptr, place, nu, size, FULL)
@@ -107,6 +111,7 @@ def update_kernel(
     correction,
     eps,
     rate,
+    fast,
     COLUMNS: tl.constexpr,
     MASKED: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -117,7 +122,7 @@ def update_kernel(
     """mu, nu and w of BLOCK * UNROLL * ROUNDS entries of one weight; grid [programs].
 
     kept = 1 - a_t, pull = a_t * lambda, correction = 1 / (1 - beta2^t),
-    rate = lr_t / (1 - beta1^t).
+    rate = lr_t / (1 - beta1^t), fast = s_t * rate, that of masked weights.
     """
     CHUNK: tl.constexpr = BLOCK * UNROLL * ROUNDS
     program = tl.program_id(0)
@@ -133,7 +138,8 @@ def update_kernel(
         _address(row, 2, tl.float32, ALIGNED) + start,
         _address(row, 3, tl.int8, ALIGNED) + start,
     )
-    numbers = (beta1, one_less_beta1, beta2, one_less_beta2, kept, pull, correction, eps, rate)
+    moments = (beta1, one_less_beta1, beta2, one_less_beta2)
+    numbers = (moments, kept, pull, correction, eps, rate, fast)
     if size == CHUNK:
         for turn in range(ROUNDS):
             _update(ptrs, turn * (BLOCK * UNROLL), size, numbers, MASKED, True, BLOCK, UNROLL)

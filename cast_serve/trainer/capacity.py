@@ -18,10 +18,9 @@ from cast_serve.trainer.layers import decoder_blocks, layers_of
 
 # AdamS reads w, g, mu, nu and a byte of mask and writes w, mu, nu, all fp32.
 _OPTIMIZER_BYTES = 29
-# Activations of the hidden size that a block keeps a token (Korthikanti et al. 2022, arXiv
-# 2205.05198, Eq. 2, in bytes of 16 bits and without attention scores, which flash kernels never
-# write).
-_ACTIVATIONS = 34
+# Bytes a block keeps per token and hidden dimension in 16 bits (Korthikanti et al. 2022, arXiv
+# 2205.05198, Eq. 2, without attention scores, which flash kernels never write), and its input's.
+_ACTIVATIONS, _INPUT = 34, 2
 # Of a host with two sockets of eight DDR5 channels each, about half of what they could.
 _HOST_BANDWIDTH = 300e9
 # Blocks of a sharded model that are whole at once: the one at work and the next.
@@ -127,7 +126,7 @@ def memory(shape: Shape, config: RunConfig, *, context: int, processes: int) -> 
     shards = processes if config.parallel == "fsdp" else 1
     width = 2 if config.compute == "bf16" else 4
     tokens = config.batch_size * context
-    kept = shape.layers + _ACTIVATIONS
+    kept = shape.layers * _INPUT + _ACTIVATIONS
     if not config.gradient_checkpointing:
         kept = _ACTIVATIONS * shape.layers
     # Of the blocks whose backward pass is still to come: A * W in fp32, and rounded.
@@ -146,7 +145,7 @@ def memory(shape: Shape, config: RunConfig, *, context: int, processes: int) -> 
         "blocks put together": at_once * (4 + 4),
         "scaled weights for the backward pass": scaled * (4 if width == 4 else 4 + width),
         **_loss(shape, config, tokens=tokens, width=width),
-        "activations (rough)": kept * tokens * shape.hidden * width,
+        "activations (rough)": kept * tokens * shape.hidden * width // 2,
     }
     on_gpu, on_host = _teacher(shape, config, shards=shards, width=width)
     if config.offload:

@@ -212,6 +212,7 @@ def _job(
         method=trained,
         # Of cast alone; the other methods refuse it.
         decay_ramp=base.decay_ramp if trained == "cast" else 1.0,
+        masked_rate=base.masked_rate if trained == "cast" else 1.0,
         initial_mask=mask or "magnitude",
         lr=lr,
         lambda_=decay,

@@ -114,6 +114,13 @@ class RunConfig:
         group="method",
     )
 
+    masked_rate: float = _option(
+        1.0,
+        "learning rate of masked weights under the full decay, as a multiple of the others'; above "
+        "1 they reach zero although the rate is low",
+        group="method",
+    )
+
     steps: int | None = _option(None, "optimizer steps", group="budget")
     epochs: float | None = _option(
         None, "passes over the data (default 1 when no budget is given)", group="budget"
@@ -168,6 +175,13 @@ class RunConfig:
     )
     compile: bool = _option(
         False, "run the models through torch.compile, for speed on a GPU", group="run"
+    )
+    cuda_graph: bool = _option(
+        False,
+        "record a step's passes as a CUDA graph, for models so small that the GPU waits for the "
+        "host; on one GPU",
+        group="run",
+        identity=False,
     )
     loss: Literal["auto", "chunked", "liger", "logits"] = _option(
         "auto",
@@ -259,6 +273,7 @@ class RunConfig:
         if self.eval_data and self.held_out != type(self).held_out and self.held_out > 0:
             raise RunError("held_out: eval_data is evaluated on instead; give one of the two")
 
+        self._check_graph()
         if self.offload and self.parallel != "fsdp":
             raise RunError("offload: needs parallel=fsdp, which moves weights to the GPU in turn")
 
@@ -312,6 +327,7 @@ class RunConfig:
         for key in ("warmup", "beta1", "beta2", "held_out"):
             _require(key, getattr(self, key), lambda v: 0 <= v < 1, "from 0 to below 1")
         _require("decay_ramp", self.decay_ramp, lambda v: 0 < v <= 1, "above 0 and at most 1")
+        _require("masked_rate", self.masked_rate, lambda v: 1 <= v < float("inf"), "1 or more")
         whole_or_share = "a whole number or a share below 1"
         _require("eval_steps", self.eval_steps, lambda v: v < 1 or v % 1 == 0, whole_or_share)
         _require("clip", self.clip, lambda v: 0 <= v < float("inf"), "0 or more")
@@ -333,10 +349,30 @@ class RunConfig:
                 "has no gradient to measure it by"
             )
 
+    def _check_graph(self) -> None:
+        """Refuse what cannot be recorded as a CUDA graph."""
+        if not self.cuda_graph:
+            return
+        if self.device == "cpu":
+            raise RunError("cuda_graph: needs an NVIDIA GPU, and device is cpu")
+        if self.gradient_checkpointing:
+            raise RunError(
+                "cuda_graph: gradient_checkpointing reads the GPU's random state in every pass, "
+                "which a graph cannot; use one of the two"
+            )
+        if self.document_attention:
+            raise RunError(
+                "cuda_graph: document_attention looks at every batch on the host; use one of the "
+                "two"
+            )
+        if self.teacher == "offload":
+            raise RunError("cuda_graph: a teacher in host memory cannot be recorded; use resident")
+
     def _check_method(self) -> None:
         """Refuse what the method would ignore, or cannot do."""
-        if self.decay_ramp != 1 and self.method != "cast":
-            raise RunError(f"decay_ramp: is of method cast, not {self.method}; leave it out")
+        for key in ("decay_ramp", "masked_rate"):
+            if getattr(self, key) != 1 and self.method != "cast":
+                raise RunError(f"{key}: is of method cast, not {self.method}; leave it out")
         if self.parallel == "fsdp" and self.method != "cast":
             raise RunError(f"parallel: method {self.method} runs with ddp alone")
         if self.lambda_ is not None and self.method in ("dense", "fixed-mask"):

@@ -7,7 +7,9 @@ and process alone, so a resumed run draws what an uninterrupted one would have d
 """
 
 import dataclasses
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,13 +18,16 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.data import Dataset
+from transformers import PreTrainedModel
 
+from cast_serve.trainer.attention import attend_to_whole_blocks
 from cast_serve.trainer.config import RunConfig
 from cast_serve.trainer.data import collate
 from cast_serve.trainer.distill import Loss, Targets
 from cast_serve.trainer.head import loss_head
 from cast_serve.trainer.objective import Objective
 from cast_serve.trainer.processes import Processes
+from cast_serve.trainer.recorded import Pass, Recorded
 from cast_serve.trainer.teacher import Teacher
 from cast_serve.trainer.teacher_cache import CachedStream, batch_targets
 
@@ -49,6 +54,12 @@ class Gradient:
         self._objective = Objective.of(config)
         self._head = loss_head(model)
         self._cached = isinstance(stream, CachedStream)
+        self._recorded: Recorded | None = None
+        if config.cuda_graph:
+            for one in (model, teacher.model if teacher else None):
+                if isinstance(one, PreTrainedModel):
+                    attend_to_whole_blocks(one)
+            self._recorded = Recorded(partial(self._pass, eta=config.eta), [*model.parameters()])
 
     def accumulate(self, step: int, *, eta: float) -> torch.Tensor:
         """Run the passes of step `step`, counted from 0; returns [CE, KL], means of this process.
@@ -57,15 +68,16 @@ class Gradient:
             eta: weight of the KL; 0 leaves the teacher out.
         """
         self.model.train()
+        run: Pass = partial(self._pass, eta=eta)
+        if self._recorded is not None and eta == self.config.eta:
+            run = self._recorded
         batches = self.config.gradient_accumulation
         parts = torch.zeros(2, device=self.processes.device)
         for batch in range(batches):
             place = (step * batches + batch) * self.processes.count + self.processes.rank
             torch.manual_seed(self.config.seed * 1_000_003 + place)
             with self._syncing(batch == batches - 1):
-                loss = self._loss(self._read(place), eta)
-                (loss.total / batches).backward()
-            parts += torch.stack((loss.ce, loss.kl)) / batches
+                parts += run(self._read(place)) / batches
         return parts
 
     def clip(self) -> torch.Tensor:
@@ -89,7 +101,13 @@ class Gradient:
         device = self.processes.device
         return {key: one.to(device, non_blocking=True) for key, one in collate(items).items()}
 
-    def _loss(self, batch: dict[str, torch.Tensor], eta: float) -> Loss:
+    def _pass(self, batch: Mapping[str, torch.Tensor], *, eta: float) -> torch.Tensor:
+        """Forward and backward; [CE, KL] of the batch."""
+        loss = self._loss(batch, eta)
+        (loss.total / self.config.gradient_accumulation).backward()
+        return torch.stack((loss.ce, loss.kl))
+
+    def _loss(self, batch: Mapping[str, torch.Tensor], eta: float) -> Loss:
         ids, positions = batch["input_ids"], batch.get("position_ids")
         known: Targets | None = None
         if eta and self._cached:

@@ -48,6 +48,7 @@ class Training:
             warmup=config.warmup,
             floor=config.lr_floor,
             decay_ramp=config.decay_ramp,
+            masked_rate=config.masked_rate,
         )
         self.optimizer = optimizer
         self.evaluation = evaluation

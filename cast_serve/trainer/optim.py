@@ -25,7 +25,7 @@ import torch
 
 from cast_serve.trainer.adams_rule import Implementation, Reference, Slot, StepNumbers
 from cast_serve.trainer.config import Pattern
-from cast_serve.trainer.schedule import decay_share
+from cast_serve.trainer.schedule import decay_share, masked_speed
 from cast_serve.trainer.sharding import check_groups_whole, local, ranks_of, sum_over_ranks
 
 
@@ -52,7 +52,9 @@ class AdamS(torch.optim.Optimizer):
     DTensor they are DTensors with its placements, so torch.distributed.checkpoint saves and
     reshards them. The step count t is kept in each group, so that state_dict() is the whole state.
 
-    `decay_ramp` is the share of the run over which a_t goes from 0 to 1 (1: the paper's t/T).
+    `decay_ramp` is the share of the run over which a_t goes from 0 to 1 (1: the paper's t/T);
+    `masked_rate` >= 1 is the rate of masked weights under the full decay over the rate (1: the
+    paper's).
     `implementation` "auto" takes Triton's kernels for parameters on an NVIDIA GPU.
 
     Raises, from step(): RunError where shards cut groups of the pattern.
@@ -70,6 +72,7 @@ class AdamS(torch.optim.Optimizer):
         eps: float = 1e-8,
         mask_interval: int = 10,
         decay_ramp: float = 1.0,
+        masked_rate: float = 1.0,
         implementation: Literal["auto", "reference", "triton"] = "auto",
     ) -> None:
         super().__init__(
@@ -79,6 +82,7 @@ class AdamS(torch.optim.Optimizer):
                 "decay": decay,
                 "total_steps": total_steps,
                 "decay_ramp": decay_ramp,
+                "masked_rate": masked_rate,
                 "betas": betas,
                 "eps": eps,
                 "mask_interval": mask_interval,
@@ -154,6 +158,7 @@ class AdamS(torch.optim.Optimizer):
         for group in self.param_groups:
             # Not in checkpoints of the first release.
             group.setdefault("decay_ramp", 1.0)
+            group.setdefault("masked_rate", 1.0)
             group.setdefault("implementation", "auto")
 
     def _forget(self) -> None:
@@ -236,11 +241,13 @@ def _make(name: str) -> Implementation:
 
 
 def _numbers(group: dict[str, Any]) -> StepNumbers:
-    t = group["step"]
+    t, lr = group["step"], float(group["lr"])
+    share = decay_share(t, group["total_steps"], ramp=group["decay_ramp"])
     return StepNumbers(
         t=t,
-        lr=float(group["lr"]),
-        share=decay_share(t, group["total_steps"], ramp=group["decay_ramp"]),
+        lr=lr,
+        masked_lr=lr * masked_speed(share, group["masked_rate"]),
+        share=share,
         decay=group["decay"],
         beta1=group["betas"][0],
         beta2=group["betas"][1],

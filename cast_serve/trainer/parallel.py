@@ -75,9 +75,13 @@ def shard_blocks(model: PreTrainedModel, processes: Processes, *, offload: bool)
     mesh = init_device_mesh(processes.device.type, (processes.count,))
     for block in decoder_blocks(model):
         fully_shard(block, **_options(mesh, processes, offload=offload))
+    # All weights arrive on one device: where the blocks are.
+    if offload:
+        set_model_state_dict(model, weights, options=_FROM_FIRST)
     with without_blocks(model):
         model.to(processes.device)  # type: ignore[arg-type]  # hidden by a decorator
-    set_model_state_dict(model, weights, options=_FROM_FIRST)
+    if not offload:
+        set_model_state_dict(model, weights, options=_FROM_FIRST)
 
 
 def _options(mesh: DeviceMesh, processes: Processes, *, offload: bool) -> dict[str, Any]:

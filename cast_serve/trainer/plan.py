@@ -152,6 +152,7 @@ def make_plan(
         warmup=config.warmup,
         floor=config.lr_floor,
         decay_ramp=config.decay_ramp,
+        masked_rate=config.masked_rate,
     )
     sparse = [choice for choice in layers if choice.dense_because is None]
     magnitudes = progress(_masked_weights(model, sparse, config))
@@ -199,7 +200,7 @@ def check_travel(plan: Plan, *, allowed: bool) -> str | None:
         f"travel {plan.travel:.2f}: the decay moves a masked weight by {plan.travel:.2f} times "
         f"mean |masked w| = {plan.magnitudes.masked:.3g}"
     )
-    remedy = f"train for more steps or raise lr above {plan.lr:.3g}"
+    remedy = f"train for more steps, or raise lr above {plan.lr:.3g} or masked_rate"
     if plan.verdict == "short":
         return f"{found}; below {TRAVEL_ADVISED:g} the final prune costs quality; {remedy}"
     if allowed:

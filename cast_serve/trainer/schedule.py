@@ -12,13 +12,15 @@ from dataclasses import dataclass
 class Schedule:
     """Warm-up, then cosine to `floor` of the peak rate; the decay's share rises linearly.
 
-    `decay_ramp` is the share of the steps over which it goes from 0 to 1; 1 is the paper's.
+    `decay_ramp` is the share of the steps over which it goes from 0 to 1, `masked_rate` the rate of
+    masked weights under the full decay as a multiple of the others'; both are 1 in the paper.
     """
 
     steps: int
     warmup: float
     floor: float
     decay_ramp: float = 1.0
+    masked_rate: float = 1.0
 
     @property
     def warmup_steps(self) -> int:
@@ -41,8 +43,11 @@ class Schedule:
         return decay_share(t, self.steps, ramp=self.decay_ramp)
 
     def reach(self) -> float:
-        """sum_t rate_t * a_t: how far the decay carries a weight at a peak rate of 1."""
-        return math.fsum(self.rate(t) * self.decay(t) for t in range(1, self.steps + 1))
+        """sum_t rate_t * s_t * a_t: how far the decay carries a weight at a peak rate of 1."""
+        return math.fsum(
+            self.rate(t) * masked_speed(self.decay(t), self.masked_rate) * self.decay(t)
+            for t in range(1, self.steps + 1)
+        )
 
     def factor(self) -> Callable[[int], float]:
         """The rate for torch's LambdaLR, which counts updates from 0."""
@@ -52,3 +57,8 @@ class Schedule:
 def decay_share(t: int, steps: int, *, ramp: float) -> float:
     """a_t = t / (ramp * T), held at 1 from there on; the paper's t/T with a ramp of 1."""
     return min(1.0, t / (ramp * steps))
+
+
+def masked_speed(share: float, masked_rate: float) -> float:
+    """s_t = 1 + a_t (masked_rate - 1), the rate of masked weights as a multiple of lr_t."""
+    return 1 + share * (masked_rate - 1)

@@ -12,7 +12,7 @@ stream nor a repeated sequence matters, and no sequence can get another one's ta
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -196,7 +196,7 @@ class CachedStream(Dataset[Item]):
         return item | self._cache.read(item["input_ids"])
 
 
-def batch_targets(batch: dict[str, Any]) -> TopK:
+def batch_targets(batch: Mapping[str, Any]) -> TopK:
     """The targets in a batch of CachedStream's items."""
     log_p, ids, log_rest = (batch[_PREFIX + key] for key in ("log_p", "ids", "log_rest"))
     return TopK(

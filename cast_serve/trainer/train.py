@@ -71,6 +71,9 @@ def _run(config: RunConfig, console: Console, processes: Processes) -> None:
     processes.on_first(lambda: check_folders(config))
     if config.offload and processes.count == 1:
         raise RunError("offload: needs several processes; start them with torchrun")
+    if config.cuda_graph and (processes.count > 1 or processes.device.type != "cuda"):
+        there = f"{processes.count} processes on {processes.device.type}"
+        raise RunError(f"cuda_graph: needs one process on an NVIDIA GPU; here are {there}")
     resumes = config.resume and not config.dry_run
     fixed = processes.on_first(lambda: read_run(config)) if resumes else None
     source = _load_source(config, processes)
@@ -398,6 +401,7 @@ def _provenance(
         "scaling_blocks": config.scaling_blocks,
         "mask_interval": config.mask_interval,
         "decay_ramp": config.decay_ramp,
+        "masked_rate": config.masked_rate,
         "compute": config.compute,
         "teacher_top_k": config.teacher_top_k if config.teacher == "cached" else None,
         "document_attention": config.document_attention,

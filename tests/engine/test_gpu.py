@@ -148,3 +148,20 @@ def test_forced_kernels(tmp_path_factory, stock, kernel):
     finally:
         forced.close()
     assert f'"{kernel}"' in log.read_text()
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0),
+    reason="kernels overlap from sm_90 on",
+)
+def test_generated_kernels_overlap(tmp_path_factory, tmp_path):
+    """Kernels that torch.compile makes launch the linears behind them early."""
+    log = tmp_path_factory.mktemp("overlap") / "stderr"
+    settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CACHE_ROOT": str(tmp_path)}
+    running = Engine(log, settings)
+    try:
+        running(EXAMPLE, **COMPILED)
+    finally:
+        running.close()
+    made = [file for file in tmp_path.rglob("*.py") if "triton" in file.read_text()]
+    assert any("gdc_launch_dependents" in file.read_text() for file in made)

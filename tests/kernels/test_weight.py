@@ -38,6 +38,18 @@ def test_two_layouts():
     assert share(values, mask, ("wgmma_sp", "mma_sp")) == 0.625
 
 
+@pytest.mark.parametrize(
+    "layouts", [("mma_sp",), ("wgmma_sp", "mma_sp"), ("mask",), ("mma_sp", "mask")], ids=str
+)
+def test_metadata_takes_the_place_of_the_mask(layouts):
+    values, mask = random_packed(SMALL, SMALL, torch.bfloat16, "cpu")
+    expected = build(values, mask.clone(), layouts).metadata
+    found = build(values, mask, layouts, reuse_mask=True).metadata
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert [one.dtype for one in found] == [one.dtype for one in expected]
+    assert mask.data_ptr() in [one.data_ptr() for one in found]
+
+
 def test_values_and_mask_of_two_weights():
     values, _ = random_packed(64, 128, torch.bfloat16, "cpu")
     _, mask = random_packed(64, 64, torch.bfloat16, "cpu")

@@ -86,6 +86,7 @@ def excess_error(case: Case, device: str) -> float:
         numbers = StepNumbers(
             t=t,
             lr=3e-2,
+            masked_lr=3e-2 * (1 + t % 3),
             share=decay_share(t, case.steps, ramp=0.5),
             decay=0.4,
             beta1=0.9,

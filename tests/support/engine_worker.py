@@ -12,6 +12,7 @@ PROMPTS = [[5, 6, 7, 8], [300, 12, 44, 190, 77, 3, 3, 9, 10]]
 def answer(job: dict) -> dict:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
+    from vllm.platforms import current_platform
 
     adapter = job.pop("adapter", None)
     # A round is one batch; the answer is that of the last.
@@ -35,6 +36,8 @@ def answer(job: dict) -> dict:
         llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
+        # Of CUDA graphs, which have just been freed: torch refuses to capture into it once more.
+        type(current_platform)._global_graph_pool = None
     outputs = [completion.outputs[0] for completion in completions]
     return {
         "tokens": [list(output.token_ids) for output in outputs],

@@ -28,6 +28,7 @@ def transcribed(
     nm: tuple[int, int] | None,
     decay: float = DECAY,
     interval: int = 3,
+    masked_rate: float = 1.0,
 ) -> tuple[list[list[float]], list[list[bool]]]:
     """Final weights and last masks after len(gradients) steps; nm None keeps every weight."""
     steps = len(gradients)
@@ -42,14 +43,15 @@ def transcribed(
         for r, row in enumerate(rows):
             for c, w in enumerate(row):
                 mu[r][c] = BETA1 * mu[r][c] + (1 - BETA1) * g[r][c]
-                mixed = mu[r][c]
+                mixed, speed = mu[r][c], 1.0
                 if not masks[r][c]:
                     sign = (w > 0) - (w < 0)
                     mixed = (1 - a) * mu[r][c] + a * decay * sign
+                    speed = 1 + a * (masked_rate - 1)
                 v[r][c] = BETA2 * v[r][c] + (1 - BETA2) * mixed**2
                 top = mixed / (1 - BETA1**t)
                 bottom = math.sqrt(v[r][c] / (1 - BETA2**t)) + EPS
-                row[c] = w - LR * top / bottom
+                row[c] = w - speed * LR * top / bottom
     return rows, masks
 
 
@@ -155,7 +157,7 @@ def test_state_dict_of_the_first_release_continues(problem):
     take_steps(optimizer, straight, gradients[:11].float())
     saved = copy.deepcopy(optimizer.state_dict())
     for group in saved["param_groups"]:
-        del group["decay_ramp"], group["implementation"]
+        del group["decay_ramp"], group["masked_rate"], group["implementation"]
     resumed = torch.nn.Parameter(straight.detach().clone())
     group = {"params": [resumed], "param_names": ["layer.weight"], "input_dim": 1}
     other = AdamS([group], lr=1, decay=1, total_steps=1, pattern=Pattern(kept=2, group=4))
@@ -227,6 +229,17 @@ def test_decay_ramp_is_a_shorter_run_then_full_strength(problem):
     take_steps(optimizer, ramped, gradients)
     take_steps(adams(short, Pattern(kept=2, group=4), input_dim=1, steps=5), short, gradients)
     assert torch.equal(ramped, short)
+
+
+def test_masked_weights_have_a_rate_of_their_own(problem):
+    rows, gradients = problem
+    weight = torch.nn.Parameter(rows.clone())
+    optimizer = adams(weight, Pattern(kept=2, group=4), input_dim=1, steps=len(gradients))
+    optimizer.param_groups[0]["masked_rate"] = 5.0
+    take_steps(optimizer, weight, gradients)
+    expected, masks = transcribed(rows.tolist(), gradients.tolist(), nm=(2, 4), masked_rate=5.0)
+    torch.testing.assert_close(weight.detach(), torch.tensor(expected, dtype=weight.dtype))
+    assert optimizer.state[weight]["mask"].tolist() == masks
 
 
 def test_flips_counts_changed_entries():

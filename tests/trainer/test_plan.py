@@ -60,6 +60,7 @@ def test_travel_is_the_sum_of_the_schedule(plan_of, tiny_models):
 def test_travel_grows_with_a_shorter_ramp(plan_of):
     # A decay at full strength from half of the run on carries weights further at the same rate.
     assert plan_of(lr=1e-3, decay_ramp=0.5).travel > 1.2 * plan_of(lr=1e-3).travel
+    assert plan_of(lr=1e-3, masked_rate=4.0).travel > 2 * plan_of(lr=1e-3).travel
 
 
 @pytest.mark.parametrize("model_name", ["llama", "gpt2"])

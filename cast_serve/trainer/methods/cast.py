@@ -39,4 +39,5 @@ class Cast(Method):
             eps=self.config.eps,
             mask_interval=self.config.mask_interval,
             decay_ramp=self.config.decay_ramp,
+            masked_rate=self.config.masked_rate,
         )
