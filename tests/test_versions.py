@@ -17,7 +17,7 @@ def test_command():
     printed = subprocess.run([CAST_SERVE, "--version"], capture_output=True, text=True, check=True)
     rows = dict(line.split("  ", 1) for line in printed.stdout.splitlines())
     rows = {name: value.strip() for name, value in rows.items()}
-    # Not compared: a build leaves metadata of another commit in the checkout, which tests see first.
+    # Not compared: a build leaves metadata in the checkout, which tests see before that installed.
     assert rows.pop("cast-serve")[0].isdigit()
     assert rows.items() < versions.describe().items()
     assert rows["PyTorch"] == torch.__version__

@@ -40,6 +40,13 @@ def test_pages(site):
     assert (site / "bench" / "results" / "linear-h200.png").exists()
 
 
+def test_every_page_is_in_the_navigation(site):
+    navigation = (site / "index.html").read_text()
+    for page in site.rglob("*.html"):
+        name = page.relative_to(site).as_posix()
+        assert name == "404.html" or f'href="{name}"' in navigation, name
+
+
 def test_loads_nothing_from_elsewhere(site):
     loaded = re.compile(
         r"""<(?:script|img|iframe)[^>]*\bsrc=["']?https?:|<link[^>]*stylesheet[^>]*https?:"""
