@@ -1,11 +1,11 @@
-# make serve | test | test-slow | gpu-test | bench | bench-serve | lint     The first call creates .venv; PYTHON=python3.12 chooses the Python.
+# make serve | test | test-slow | gpu-test | bench | bench-serve | lint | docs     The first call creates .venv; PYTHON=python3.12 chooses the Python.
 MODEL ?= examples/tiny-llama-2of4
 PORT ?= 8000
 SERVE_FLAGS ?=
 TEST_FLAGS ?=
 BENCH_FLAGS ?=
 
-.PHONY: serve test test-slow gpu-test bench bench-serve lint setup
+.PHONY: serve test test-slow gpu-test bench bench-serve lint docs setup
 
 setup:
 	@scripts/setup.sh
@@ -40,3 +40,7 @@ lint: setup
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/typos
+
+# The documentation site, into site/; a broken link fails it.
+docs: setup
+	.venv/bin/mkdocs build --strict

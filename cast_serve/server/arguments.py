@@ -35,6 +35,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="read the checkpoint's headers, print the report, and stop",
     )
+    # main.py answers it, before this process is started.
+    own.add_argument(
+        "--version",
+        action="store_true",
+        help="print versions, the GPU and the kernels that run here, and stop",
+    )
     parser = make_arg_parser(parser)
     # No default model: vLLM's would be downloaded, and is not sparse.
     parser.set_defaults(model=None, shutdown_timeout=DRAIN_SECONDS)

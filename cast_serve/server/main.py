@@ -25,6 +25,9 @@ def main() -> None:
     Ctrl-C and SIGTERM drain the requests in flight (--shutdown-timeout says how long); a second
     one, or one before the server is up, ends at once.
     """
+    if "--version" in sys.argv[1:]:
+        _print_versions()
+        return
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
     server = subprocess.Popen(
@@ -47,6 +50,12 @@ def main() -> None:
     signal.signal(signal.SIGTERM, stop)
     status = server.wait()
     sys.exit(status if status >= 0 else 128 - status)
+
+
+def _print_versions() -> None:
+    from cast_serve.versions import describe, render
+
+    print(render(describe()))
 
 
 def _is_serving(reader: int) -> bool:

@@ -78,7 +78,7 @@ def test_quantized(engine, stored, tmp_path, architecture, to):
     engine(tmp_path / "quantized").assert_equals(dense)
 
 
-@pytest.mark.parametrize("architecture", ["qwen3", "mistral", "opt", "gpt2"])
+@pytest.mark.parametrize("architecture", ["qwen3", "mistral", "opt", "gpt2", "phi3"])
 def test_architecture(engine, stored, oracle, tmp_path, architecture):
     convert(stored(architecture), tmp_path / "packed", to="packed")
     engine(tmp_path / "packed").assert_equals(oracle(architecture))

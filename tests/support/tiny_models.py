@@ -13,6 +13,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     OPTConfig,
+    Phi3Config,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen3Config,
@@ -47,6 +48,9 @@ def configuration(architecture: str) -> PreTrainedConfig:
             return Qwen3Config(**_DECODER)
         case "mistral":
             return MistralConfig(**_DECODER, sliding_window=None)
+        case "phi3":
+            # Stores q, k, v and gate, up as one matrix each.
+            return Phi3Config(**_DECODER, pad_token_id=0)
         case "opt":
             return OPTConfig(
                 vocab_size=VOCABULARY,

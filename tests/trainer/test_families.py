@@ -39,6 +39,7 @@ FAMILIES: dict[str, tuple[dict[str, object], str]] = {
         {"ffn_dim": 64, "word_embed_proj_dim": 32},
         "q_proj k_proj v_proj out_proj fc1 fc2",
     ),
+    "phi3": (GATED, "qkv_proj o_proj gate_up_proj down_proj"),
     "gpt2": ({}, "attn.c_attn attn.c_proj mlp.c_fc mlp.c_proj"),
 }
 
