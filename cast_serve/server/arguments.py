@@ -17,7 +17,7 @@ DRAIN_SECONDS = 60
 # On a CPU vLLM would take 92 % of the memory, and refuse to start where that much is not free.
 CPU_CACHE_BYTES = 4 * 2**30
 
-# Read every few seconds by Prometheus: no lines in the access log.
+# Read every few seconds by Prometheus and by every open page: no lines in the access log.
 POLLED = "/metrics"
 
 DESCRIPTION = """Serve a 2:4 sparse checkpoint through vLLM, with an OpenAI-compatible API.
@@ -40,6 +40,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="read the checkpoint's headers, print the report, and stop",
     )
+    own.add_argument("--no-ui", action="store_true", help="no page at /")
     parser = make_arg_parser(parser)
     # No default model: vLLM's would be downloaded, and is not sparse.
     parser.set_defaults(

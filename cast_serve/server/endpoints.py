@@ -1,4 +1,4 @@
-"""What cast-serve adds to vLLM's API server: /v1/cast/info, own families on /metrics.
+"""What cast-serve adds to vLLM's API server: /v1/cast/info, own families on /metrics, the page.
 
 The entry point `cast` of `vllm.endpoint_plugins`, which vLLM has since 0.26. Every API server
 process makes one.
@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
 
-from cast_serve.server import metrics
+from cast_serve.server import metrics, page
 from cast_serve.server.facts import EXTENSION, FACTS, Model
 from cast_serve.server.info import info, versions
 
@@ -50,6 +50,10 @@ class CastEndpoints:
         @self.app.get(INFO, tags=["cast-serve"], summary="The model as it was loaded")
         async def cast_info() -> JSONResponse:
             return answer
+
+        # Absent under `vllm serve`.
+        if not getattr(args, "no_ui", False):
+            page.attach(self.app)
 
 
 def _why_unknown(engine_client: EngineClient | None, args: Namespace) -> str | None:
