@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 from safetensors.torch import load_file, save_file
 from server_process import CAST_SERVE, ENVIRONMENT, Server
@@ -82,6 +83,19 @@ def test_report(server):
     assert re.search(r"^format +packed, bfloat16 *$", report, re.MULTILINE)
     assert re.search(r"^layers +14 sparse, 1 dense *$", report, re.MULTILINE)
     assert re.search(r"^KV cache +\d\.\d GiB on each rank", report, re.MULTILINE)
+
+
+def test_info_of_layers_that_run_dense(server):
+    """As they do on a CPU, which their bytes say too; test_metrics.py has the rest."""
+    info = httpx.get(f"{server.url}/v1/cast/info").json()
+    assert info["model"]["format"] == "packed"
+    assert info["device"] == "cpu"
+    assert info["linears"] == {"sparse": 14, "dense": 0}
+    assert info["weights"]["bytes"] == info["weights"]["bytes_if_dense"]
+    for layer in info["layers"]:
+        assert (layer["sparse"], layer["packed"], layer["sparsity"]) == (True, False, 0.5)
+    assert {row["kernel"] for entry in info["kernels"] for row in entry["plan"]} == {"dense"}
+    assert 'cast_serve_sparse_layers{held="dense"} 14.0' in httpx.get(f"{server.url}/metrics").text
 
 
 @pytest.mark.slow
