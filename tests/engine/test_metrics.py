@@ -321,6 +321,7 @@ def test_page_keeps_the_key_in_memory_only(server, browser):
 def test_page_without_the_key(server, browser):
     """Only the charts, for which no key is asked; the dialog can be had again."""
     page, _ = open_page(browser, server.url)
+    expect(page.get_by_label("API key", exact=True)).to_be_focused()
     page.keyboard.press("Escape")
     expect(page.locator("#key-dialog")).to_be_hidden()
     expect(page.locator("#status")).to_have_text("locked")

@@ -375,8 +375,9 @@ def test_accessibility(browser, server, scheme):
     page.get_by_text("All 8 layers").click()
     found = Axe().run(page).response
     assert found["violations"] == []
-    # What axe could not decide.
-    assert found["incomplete"] == []
+    undecided = {node["html"] for rule in found["incomplete"] for node in rule["nodes"]}
+    # It does not judge the colour of a single character, which a chart's scale may be.
+    assert {html for html in undecided if 'class="scale' not in html} == set()
     assert len(found["passes"]) > 20
     page.context.close()
 
