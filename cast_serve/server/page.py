@@ -33,7 +33,6 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Opener-Policy": "same-origin",
     # Asked for anew each time, and answered 304: the files change with the package.
     "Cache-Control": "no-cache",
 }
