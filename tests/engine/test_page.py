@@ -365,8 +365,10 @@ def test_accessibility(browser, server, scheme):
     """axe-core finds nothing, with an answer, an error and every detail open."""
     from axe_playwright_python.sync_playwright import Axe
 
+    # High enough that nothing is half scrolled away, of which axe would not judge the colours.
     # axe is put into the page as a script, which the page's policy refuses.
-    page, _ = open_page(browser, server.url, color_scheme=scheme, bypass_csp=True)
+    window = {"viewport": {"width": 1280, "height": 1500}, "bypass_csp": True}
+    page, _ = open_page(browser, server.url, color_scheme=scheme, **window)
     expect(page.locator("#status")).to_have_text("ready")
     send(page, "it was", max_tokens="20")
     figures(page)
