@@ -50,6 +50,9 @@ class CastConfig(QuantizationConfig):
         # Where the weights lie, when that is a folder: errors then name the file.
         self.folder: Path | None = None
         self.warned_mixed = False
+        # time.monotonic() when the first layer was made, and when the latest one was loaded.
+        self.loading_began: float | None = None
+        self.loading_ended: float | None = None
         # Of packed layers, [N, K]: the plan of each shape is logged once a model.
         self.logged_shapes: set[tuple[int, int]] = set()
 

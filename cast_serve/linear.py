@@ -13,6 +13,8 @@ where vLLM's own linear is faster, and for shapes that no kernel supports, it ho
 """
 
 import json
+import math
+import time
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -93,11 +95,17 @@ class CastLinearMethod(LinearMethodBase):
             options.setdefault(_DEPENDENT_LAUNCH, True)
         # Names of the op's metadata on the layer; empty: the layer runs dense.
         self.metadata_names: tuple[str, ...] = ()
+        # Of this rank: [N, K], zeros among its weights once loaded, and what runs it; None: dense.
+        self.shape = (0, 0)
+        self.zeros = 0
+        self.plan: Plan | None = None
         # Tensors of a part that has not arrived whole, by inlet.
         self.waiting: dict[PartId, dict[str, torch.Tensor]] = {}
         self.missing = {part.name for part in parts}
         self.finished = False
         self.inlets: dict[str, ModelWeightParameter] = {}
+        if config.loading_began is None:
+            config.loading_began = time.monotonic()
 
     def create_weights(
         self,
@@ -114,7 +122,7 @@ class CastLinearMethod(LinearMethodBase):
         Raises:
             ValueError: K is cut where no bitmask byte ends.
         """
-        rows, columns = sum(output_partition_sizes), input_size_per_partition
+        rows, columns = self.shape = sum(output_partition_sizes), input_size_per_partition
         if self.sparse and columns % COLUMNS_PER_BYTE:
             if self.config.scheme.format is not Format.PLAIN:
                 raise ValueError(
@@ -180,14 +188,18 @@ class CastLinearMethod(LinearMethodBase):
         self.inlets.clear()
         if self.sparse:
             self._check(held["compressed"], held["bitmask"])
-        plan = self._plan(held["compressed"]) if self.sparse else None
-        if plan is not None:
+            self.plan = self._plan(held["compressed"])
+        stored = held["compressed" if self.sparse else "weight"]
+        self.zeros = math.prod(self.shape) - int(stored.count_nonzero())
+        if self.plan is not None:
             values, bitmask = held["compressed"], held["bitmask"]
-            self._hold_sparse(layer, build(values, bitmask, plan.layouts, reuse_mask=True))
-            return
-        weight = unpack(held["compressed"], held["bitmask"]) if self.sparse else held["weight"]
-        layer.weight = Parameter(weight, requires_grad=False)
-        self.dense_linear.process_weights_after_loading(layer)
+            weight = build(values, bitmask, self.plan.layouts, reuse_mask=True)
+            self._hold_sparse(layer, weight)
+        else:
+            dense = unpack(held["compressed"], held["bitmask"]) if self.sparse else held["weight"]
+            layer.weight = Parameter(dense, requires_grad=False)
+            self.dense_linear.process_weights_after_loading(layer)
+        self.config.loading_ended = time.monotonic()
 
     def _plan(self, values: torch.Tensor) -> Plan | None:
         """The plan by which the op runs the layer, its kernels made ready; None: to run dense."""

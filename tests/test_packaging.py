@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+SHIPPED = (".py", ".cu", ".cuh", ".json", ".html", ".css", ".js", ".svg")
 
 
 @pytest.mark.parametrize("folder", ["bench", "kernels", "model_loaders", "tests"])
@@ -62,10 +63,10 @@ def test_wheel_contents(wheel):
         ("bench", "cast_serve/"),
     ):
         for source in (ROOT / folder).rglob("*"):
-            # CUDA C++ and shipped plans are read at run time, measurements are not.
+            # CUDA C++, shipped plans and the page are read at run time, measurements are not.
             if source.is_relative_to(ROOT / "bench" / "results"):
                 continue
-            if source.suffix in (".py", ".cu", ".cuh", ".json"):
+            if source.suffix in SHIPPED:
                 assert prefix + source.relative_to(ROOT).as_posix() in names
     assert not [name for name in names if name.startswith("cast_serve/bench/results")]
 

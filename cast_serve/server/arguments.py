@@ -9,11 +9,16 @@ from vllm.entrypoints.cli.serve import make_arg_parser
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from cast_serve.server.facts import EXTENSION
+
 # vLLM's own default is 0, which aborts the requests in flight.
 DRAIN_SECONDS = 60
 
 # On a CPU vLLM would take 92 % of the memory, and refuse to start where that much is not free.
 CPU_CACHE_BYTES = 4 * 2**30
+
+# Read every few seconds by Prometheus and by every open page: no lines in the access log.
+POLLED = "/metrics"
 
 DESCRIPTION = """Serve a 2:4 sparse checkpoint through vLLM, with an OpenAI-compatible API.
 Takes every flag that `vllm serve` takes (--help=all lists them)."""
@@ -41,9 +46,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="print versions, the GPU and the kernels that run here, and stop",
     )
+    own.add_argument("--no-ui", action="store_true", help="no page at /")
     parser = make_arg_parser(parser)
     # No default model: vLLM's would be downloaded, and is not sparse.
-    parser.set_defaults(model=None, shutdown_timeout=DRAIN_SECONDS)
+    parser.set_defaults(
+        model=None,
+        shutdown_timeout=DRAIN_SECONDS,
+        worker_extension_cls=EXTENSION,
+        disable_access_log_for_endpoints=POLLED,
+    )
     args = parser.parse_args(None if argv is None else list(argv))
     args.model = args.model_tag or args.model
     if args.model is None:

@@ -29,17 +29,22 @@ def curl_line(args: argparse.Namespace) -> str:
     """A shell line that completes a prompt on the server that `args` start."""
     name = args.served_model_name[0] if args.served_model_name else args.model
     body = {"model": name, "prompt": "It was a fine day, and", "max_tokens": 32}
-    host, port = address(args)
-    authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     # -k: the certificate need not name the address that the server is reached by here.
     words = ["curl", "-sk"] if args.ssl_certfile else ["curl", "-s"]
-    words.append(f"{'https' if args.ssl_certfile else 'http'}://{authority}/v1/completions")
+    words.append(f"{_root(args)}/v1/completions")
     words += ["-H", "Content-Type: application/json", "-d", json.dumps(body)]
     line = shlex.join(words)
     if args.api_key or os.environ.get("VLLM_API_KEY"):
         # Not the key itself: it would end up in logs.
         line += ' -H "Authorization: Bearer $VLLM_API_KEY"'
     return line
+
+
+def _root(args: argparse.Namespace) -> str:
+    """The server's URL on this machine."""
+    host, port = address(args)
+    authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return f"{'https' if args.ssl_certfile else 'http'}://{authority}"
 
 
 def address(args: argparse.Namespace) -> tuple[str, int]:
@@ -55,7 +60,8 @@ def _announce(args: argparse.Namespace) -> None:
     # main.py waits for this: from now on a signal drains.
     if writer := os.environ.get(READY_FD):
         os.write(int(writer), b"1")
-    print(f"\nReady. Try:\n\n  {curl_line(args)}\n", file=sys.stderr, flush=True)
+    what = "Try:" if args.no_ui else f"Open {_root(args)}/ or try:"
+    print(f"\nReady. {what}\n\n  {curl_line(args)}\n", file=sys.stderr, flush=True)
 
 
 def _is_healthy(args: argparse.Namespace) -> bool:

@@ -13,18 +13,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import openai
+import httpx
 import pytest
 from safetensors.torch import load_file, save_file
+from server_process import CAST_SERVE, ENVIRONMENT, Server
 
 from cast_serve.model_loaders.convert import convert
 from cast_serve.server.ready import curl_line
 
 pytestmark = pytest.mark.engine
-
-CAST_SERVE = str(Path(sys.executable).with_name("cast-serve"))
-# As on a user's machine: the size of the KV cache is cast-serve's to choose.
-ENVIRONMENT = {name: v for name, v in os.environ.items() if name != "VLLM_CPU_KVCACHE_SPACE"}
 
 
 @pytest.fixture(scope="module")
@@ -32,50 +29,6 @@ def packed(stored, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("server") / "packed"
     convert(stored("llama"), folder, to="packed")
     return folder
-
-
-class Server:
-    """A running cast-serve; `wait_ready` blocks until its curl line is printed."""
-
-    def __init__(self, model: Path, log: Path, *flags: str) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.log = log
-        with log.open("w") as errors:
-            self.process = subprocess.Popen(
-                [CAST_SERVE, "--model", str(model), "--port", str(self.port), *flags],
-                stdout=errors,
-                stderr=errors,
-                env=ENVIRONMENT,
-                start_new_session=True,
-            )
-
-    def wait_for(self, pattern: str, seconds: float = 180) -> str:
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            if found := re.search(pattern, self.log.read_text(), re.MULTILINE):
-                return found.group()
-            if self.process.poll() is not None:
-                break
-            time.sleep(0.2)
-        raise AssertionError(f"no {pattern!r} in:\n{self.log.read_text()[-5000:]}")
-
-    def wait_ready(self) -> str:
-        return self.wait_for(r"^  curl .*$").strip()
-
-    def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none")
-
-    def stop(self, number: signal.Signals) -> int:
-        """Exit status after a signal: SIGTERM as from systemd, SIGINT as a terminal sends it."""
-        if self.process.poll() is not None:
-            return self.process.returncode
-        if number == signal.SIGINT:
-            os.killpg(self.process.pid, number)
-        else:
-            self.process.send_signal(number)
-        return self.process.wait(timeout=120)
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +83,19 @@ def test_report(server):
     assert re.search(r"^format +packed, bfloat16 *$", report, re.MULTILINE)
     assert re.search(r"^layers +14 sparse, 1 dense *$", report, re.MULTILINE)
     assert re.search(r"^KV cache +\d\.\d GiB on each rank", report, re.MULTILINE)
+
+
+def test_info_of_layers_that_run_dense(server):
+    """As they do on a CPU, which their bytes say too; test_metrics.py has the rest."""
+    info = httpx.get(f"{server.url}/v1/cast/info").json()
+    assert info["model"]["format"] == "packed"
+    assert info["device"] == "cpu"
+    assert info["linears"] == {"sparse": 14, "dense": 0}
+    assert info["weights"]["bytes"] == info["weights"]["bytes_if_dense"]
+    for layer in info["layers"]:
+        assert (layer["sparse"], layer["packed"], layer["sparsity"]) == (True, False, 0.5)
+    assert {row["kernel"] for entry in info["kernels"] for row in entry["plan"]} == {"dense"}
+    assert 'cast_serve_sparse_layers{held="dense"} 14.0' in httpx.get(f"{server.url}/metrics").text
 
 
 @pytest.mark.slow

@@ -1,0 +1,66 @@
+"""cast-serve as a process of its own, as its users run it."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import openai
+
+CAST_SERVE = str(Path(sys.executable).with_name("cast-serve"))
+# As on a user's machine: the size of the KV cache is cast-serve's to choose.
+ENVIRONMENT = {name: v for name, v in os.environ.items() if name != "VLLM_CPU_KVCACHE_SPACE"}
+
+
+class Server:
+    """A running cast-serve; `wait_ready` blocks until its curl line is printed."""
+
+    def __init__(
+        self, model: Path, log: Path, *flags: str, environment: dict[str, str] | None = None
+    ) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.log = log
+        with log.open("w") as errors:
+            self.process = subprocess.Popen(
+                [CAST_SERVE, "--model", str(model), "--port", str(self.port), *flags],
+                stdout=errors,
+                stderr=errors,
+                env={**ENVIRONMENT, **(environment or {})},
+                start_new_session=True,
+            )
+
+    def wait_for(self, pattern: str, seconds: float = 180) -> str:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if found := re.search(pattern, self.log.read_text(), re.MULTILINE):
+                return found.group()
+            if self.process.poll() is not None:
+                break
+            time.sleep(0.2)
+        raise AssertionError(f"no {pattern!r} in:\n{self.log.read_text()[-5000:]}")
+
+    def wait_ready(self) -> str:
+        return self.wait_for(r"^  curl .*$").strip()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def client(self, api_key: str = "none") -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=api_key)
+
+    def stop(self, number: signal.Signals) -> int:
+        """Exit status after a signal: SIGTERM as from systemd, SIGINT as a terminal sends it."""
+        if self.process.poll() is not None:
+            return self.process.returncode
+        if number == signal.SIGINT:
+            os.killpg(self.process.pid, number)
+        else:
+            self.process.send_signal(number)
+        return self.process.wait(timeout=120)
