@@ -6,8 +6,8 @@ and puts right the others:
 - a wrong key (401), an unknown path (404) or method (405), whose bodies are of other forms;
 - what this model or version has no implementation of (501): OpenAI's API says 404, and clients and
   proxies try a 5xx again;
-- a request that vLLM trips over while it reads it, such as an empty list of which it takes the first
-  item (500);
+- a request that vLLM trips over while it reads it, such as an empty list whose first item it takes
+  (500);
 - a stream that fails after its first events, which vLLM breaks off in the middle of HTTP's framing:
   clients see a broken connection and not why.
 """
@@ -56,9 +56,8 @@ class OpenAIErrors:
             elif not answer.begun and _is_of_reading(failure):
                 logger.warning("%s: vLLM cannot read a request", scope["path"], exc_info=failure)
                 message = f"the request cannot be read: {type(failure).__name__}: {failure}"
-                return await JSONResponse({"error": _error(400, message)}, 400)(
-                    scope, receive, send
-                )
+                refusal = JSONResponse({"error": _error(400, message)}, 400)
+                return await refusal(scope, receive, send)
             # uvicorn logs it.
             raise
 
