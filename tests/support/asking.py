@@ -12,6 +12,8 @@ MESSAGES = [{"role": "user", "content": PROMPT}]
 CONTEXT = 1024
 # Takes the engine seconds, wherever it runs: only an abort ends it early.
 ENDLESS = {"n": 16, "max_tokens": 1000, "temperature": 1, "extra_body": {"ignore_eos": True}}
+# The penalty: a model this small writes on and on the white space that JSON allows.
+SHAPED = {"max_tokens": 200, "frequency_penalty": 2}
 
 
 class Place(BaseModel):

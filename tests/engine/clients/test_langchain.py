@@ -5,7 +5,7 @@ from typing import Any
 
 import openai
 import pytest
-from asking import ENDLESS, MODEL, PROMPT, Place, chat, complete
+from asking import ENDLESS, MODEL, PROMPT, SHAPED, Place, chat, complete
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
@@ -95,9 +95,7 @@ def test_logprobs(client):
 
 def test_tool(client):
     """The model asks for the tool, the tool answers, and the model takes that."""
-    asked = model(client, max_tokens=200).bind_tools(
-        [get_weather], tool_choice="required", strict=True
-    )
+    asked = model(client, **SHAPED).bind_tools([get_weather], tool_choice="required", strict=True)
     answer = asked.invoke(PROMPT)
     (call,) = answer.tool_calls
     assert answer.invalid_tool_calls == []
@@ -108,7 +106,7 @@ def test_tool(client):
 
 
 def test_tool_streamed(client):
-    asked = model(client, max_tokens=200).bind_tools(
+    asked = model(client, **SHAPED).bind_tools(
         [get_weather], tool_choice="get_weather", strict=True
     )
     chunks = list(asked.stream(PROMPT))
@@ -119,7 +117,7 @@ def test_tool_streamed(client):
 
 @pytest.mark.parametrize("method", ["json_schema", "function_calling"])
 def test_structured_output(client, method):
-    shaped = model(client, max_tokens=200).with_structured_output(Place, method=method, strict=True)
+    shaped = model(client, **SHAPED).with_structured_output(Place, method=method, strict=True)
     assert isinstance(shaped.invoke(PROMPT), Place)
 
 

@@ -4,7 +4,7 @@ import asyncio
 
 import openai
 import pytest
-from asking import CONTEXT, ENDLESS, MESSAGES, MODEL, PROMPT, Place, chat, complete
+from asking import CONTEXT, ENDLESS, MESSAGES, MODEL, PROMPT, SHAPED, Place, chat, complete
 from openai import AsyncOpenAI, OpenAI
 
 pytestmark = pytest.mark.engine
@@ -158,7 +158,7 @@ def test_logit_bias(client):
     "choice", ["required", {"type": "function", "function": {"name": "get_weather"}}]
 )
 def test_tool_call(client, choice):
-    answer = chat(client, tools=[WEATHER], tool_choice=choice, max_tokens=200)
+    answer = chat(client, tools=[WEATHER], tool_choice=choice, **SHAPED)
     (call,) = answer.choices[0].message.tool_calls
     assert call.type == "function"
     assert call.function.name == "get_weather"
@@ -166,7 +166,7 @@ def test_tool_call(client, choice):
 
 
 def test_tool_call_streamed(client):
-    options = {"tools": [WEATHER], "tool_choice": "required", "max_tokens": 200}
+    options = {"tools": [WEATHER], "tool_choice": "required", **SHAPED}
     calls = [
         call
         for chunk in chat(client, stream=True, **options)
@@ -202,7 +202,7 @@ def test_json_schema(client):
             "type": "json_schema",
             "json_schema": {"name": "place", "schema": Place.model_json_schema(), "strict": True},
         },
-        max_tokens=200,
+        **SHAPED,
     )
     assert answer.choices[0].finish_reason == "stop"
     Place.model_validate_json(answer.choices[0].message.content)
@@ -210,7 +210,7 @@ def test_json_schema(client):
 
 def test_parsed_into_a_class(client):
     answer = client.chat.completions.parse(
-        model=MODEL, messages=MESSAGES, response_format=Place, temperature=0, max_tokens=200
+        model=MODEL, messages=MESSAGES, response_format=Place, temperature=0, **SHAPED
     )
     assert isinstance(answer.choices[0].message.parsed, Place)
 
