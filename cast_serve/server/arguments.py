@@ -9,6 +9,7 @@ from vllm.entrypoints.cli.serve import make_arg_parser
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from cast_serve.server.errors import MIDDLEWARE
 from cast_serve.server.facts import EXTENSION
 
 # vLLM's own default is 0, which aborts the requests in flight.
@@ -54,6 +55,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         shutdown_timeout=DRAIN_SECONDS,
         worker_extension_cls=EXTENSION,
         disable_access_log_for_endpoints=POLLED,
+        # --middleware adds to it.
+        middleware=[MIDDLEWARE],
     )
     args = parser.parse_args(None if argv is None else list(argv))
     args.model = args.model_tag or args.model
