@@ -4,11 +4,14 @@
            order of their offsets (https://github.com/huggingface/safetensors#format).
 
 The size of the file is compared with what the header promises, so a truncated download is found
-before anything is loaded from it.
+before anything is loaded from it. Whatever lies in a file, reading its header takes memory and time
+in proportion to its length (scripts/fuzz_headers.py): files come from strangers.
 """
 
 import json
 import math
+import reprlib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,6 +23,11 @@ from cast_serve.model_loaders.errors import CheckpointError
 LENGTH_BYTES = 8
 # The limit of the safetensors library itself.
 MAX_HEADER_BYTES = 100_000_000
+# Those of PyTorch's operators, and of its sizes and strides.
+MAX_DIMENSIONS = 64
+MAX_SIZE = 2**63 - 1
+# In an error message too.
+MAX_NAME_LENGTH = 1000
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -40,6 +48,10 @@ DTYPES = {
     "F64": torch.float64,
     "C64": torch.complex64,
 }
+
+# What stands in a header instead may be of any length and depth.
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 200
 
 _LFS_POINTER = b"version https://git-lfs"
 
@@ -126,7 +138,8 @@ def _read_json(file: Path, stream: BinaryIO) -> tuple[dict[str, Any], int, int]:
         )
     stream.seek(LENGTH_BYTES)
     try:
-        header = json.loads(stream.read(length), object_pairs_hook=_no_duplicates)
+        # decode(): from bytes, json would take UTF-16 and UTF-32 as well.
+        header = json.loads(stream.read(length).decode(), object_pairs_hook=_no_duplicates)
     # RecursionError: the JSON scanner on a header of nothing but brackets.
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
@@ -140,9 +153,8 @@ def _read_json(file: Path, stream: BinaryIO) -> tuple[dict[str, Any], int, int]:
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice} appears twice")
+        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{_short.repr(twice)} appears twice")
     return found
 
 
@@ -150,21 +162,25 @@ def _entry(file: Path, name: str, raw: Any, data_start: int) -> TensorEntry:
     def refuse(reason: str) -> CheckpointError:
         return CheckpointError(file, f"{reason}; the file is damaged", name)
 
+    if len(name) > MAX_NAME_LENGTH or not _is_unicode(name):
+        name, whole = _short.repr(name), len(name)
+        raise refuse(f"a tensor's name of {whole} characters is too long, or not Unicode")
     if not isinstance(raw, dict) or not {"dtype", "shape", "data_offsets"} <= raw.keys():
         raise refuse("header entry needs dtype, shape and data_offsets")
     dtype = DTYPES.get(raw["dtype"]) if isinstance(raw["dtype"], str) else None
     if dtype is None:
         raise CheckpointError(
-            file, f"dtype {raw['dtype']!r} is not one of {', '.join(DTYPES)}", name
+            file, f"dtype {_short.repr(raw['dtype'])} is not one of {', '.join(DTYPES)}", name
         )
     shape, offsets = raw["shape"], raw["data_offsets"]
-    if not _is_sizes(shape):
-        raise refuse(f"shape {shape!r} is not a list of sizes")
+    if not _is_sizes(shape) or not _has_strides(shape):
+        raise refuse(f"shape {_short.repr(shape)} is not a list of sizes")
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise refuse(f"data_offsets {offsets!r} are not [start, end]")
+        raise refuse(f"data_offsets {_short.repr(offsets)} are not [start, end]")
     stored, expected = offsets[1] - offsets[0], math.prod(shape) * dtype.itemsize
     if stored != expected:
-        raise refuse(f"shape {shape} of {raw['dtype']} takes {expected} bytes, not {stored}")
+        said = f"shape {_short.repr(shape)} of {raw['dtype']}"
+        raise refuse(f"{said} takes {expected} bytes, not {stored}")
     return TensorEntry(
         name=name,
         file=file,
@@ -177,4 +193,18 @@ def _entry(file: Path, name: str, raw: Any, data_start: int) -> TensorEntry:
 
 def _is_sizes(value: Any) -> bool:
     # type(), not isinstance: JSON true is an int in Python.
-    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
+    return (
+        isinstance(value, list)
+        and len(value) <= MAX_DIMENSIONS
+        and all(type(size) is int and 0 <= size <= MAX_SIZE for size in value)
+    )
+
+
+def _has_strides(shape: list[int]) -> bool:
+    # Also of a tensor without elements.
+    return math.prod(size for size in shape if size) <= MAX_SIZE
+
+
+def _is_unicode(name: str) -> bool:
+    # JSON's \ud800 makes half a character, which can be neither printed nor stored.
+    return not any("\ud800" <= character <= "\udfff" for character in name)

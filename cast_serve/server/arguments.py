@@ -9,7 +9,7 @@ from vllm.entrypoints.cli.serve import make_arg_parser
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from cast_serve.server.errors import MIDDLEWARE
+from cast_serve.server.body_limit import MAX_REQUEST_BYTES
 from cast_serve.server.facts import EXTENSION
 
 # vLLM's own default is 0, which aborts the requests in flight.
@@ -17,6 +17,14 @@ DRAIN_SECONDS = 60
 
 # On a CPU vLLM would take 92 % of the memory, and refuse to start where that much is not free.
 CPU_CACHE_BYTES = 4 * 2**30
+
+# vLLM's surface for them; the last one is the first to see a request, so these come after any that
+# the user names.
+MIDDLEWARE = (
+    "cast_serve.server.body_limit.LimitBody",
+    "cast_serve.server.key.RequireKey",
+    "cast_serve.server.errors.OpenAIErrors",
+)
 
 # Read every few seconds by Prometheus and by every open page: no lines in the access log.
 POLLED = "/metrics"
@@ -48,6 +56,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="print versions, the GPU and the kernels that run here, and stop",
     )
     own.add_argument("--no-ui", action="store_true", help="no page at /")
+    own.add_argument(
+        "--max-request-bytes",
+        type=int,
+        default=MAX_REQUEST_BYTES,
+        help="answer 413 to a request with a larger body (default: %(default)s)",
+    )
     parser = make_arg_parser(parser)
     # No default model: vLLM's would be downloaded, and is not sparse.
     parser.set_defaults(
@@ -55,13 +69,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         shutdown_timeout=DRAIN_SECONDS,
         worker_extension_cls=EXTENSION,
         disable_access_log_for_endpoints=POLLED,
-        # --middleware adds to it.
-        middleware=[MIDDLEWARE],
     )
     args = parser.parse_args(None if argv is None else list(argv))
+    args.middleware = [*args.middleware, *MIDDLEWARE]
     args.model = args.model_tag or args.model
     if args.model is None:
         parser.error("which checkpoint? Give --model DIR")
+    if args.max_request_bytes < 1:
+        parser.error(f"--max-request-bytes {args.max_request_bytes}: at least 1")
     if current_platform.is_cpu() and not _sizes_cache(args, parser):
         args.kv_cache_memory_bytes = min(CPU_CACHE_BYTES, psutil.virtual_memory().available // 4)
     return args

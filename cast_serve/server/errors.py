@@ -26,9 +26,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 logger = logging.getLogger(__name__)
 
-# For --middleware.
-MIDDLEWARE = "cast_serve.server.errors.OpenAIErrors"
-
 # What code that trusts its input raises; vLLM itself answers ValueError and TypeError with 400.
 TRIPS = (AssertionError, AttributeError, LookupError)
 # Where vLLM makes a prompt of a request. Nothing of the engine runs below it.

@@ -18,9 +18,15 @@ import psutil
 # The number of a pipe into which serve.py writes a byte once it serves.
 READY_FD = "CAST_SERVE_READY_FD"
 
+# The status of a server that has served and ended in good order. Whether it should have, only this
+# process knows: vLLM ends its server in the same way when the engine has died.
+ENDED = 3
+
 
 def main() -> None:
     """Console script. Exit status 0 after a clean stop, 1 on an error, 2 on wrong usage.
+
+    A server that ends without having been told to is an error.
 
     Ctrl-C and SIGTERM drain the requests in flight (--shutdown-timeout says how long); a second
     one, or one before the server is up, ends at once.
@@ -49,7 +55,14 @@ def main() -> None:
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     status = server.wait()
+    if status == ENDED:
+        status = 0 if stopping else _fail("the server ended by itself; the log above says why")
     sys.exit(status if status >= 0 else 128 - status)
+
+
+def _fail(reason: str) -> int:
+    print(f"cast-serve: {reason}", file=sys.stderr, flush=True)
+    return 1
 
 
 def _print_versions() -> None:

@@ -1,10 +1,11 @@
-"""Says when the server answers: prints one curl line that works as pasted."""
+"""Says when the server answers: to main.py, to systemd, and by a curl line that works as pasted."""
 
 import argparse
 import http.client
 import json
 import os
 import shlex
+import socket
 import ssl
 import sys
 import threading
@@ -16,11 +17,13 @@ POLL_SECONDS = 0.5
 
 
 def announce_when_ready(args: argparse.Namespace) -> None:
-    """Tell main.py, and print a curl line, once the server of `args` answers /health.
+    """Tell main.py and systemd, and print a curl line, once the server of `args` answers /health.
 
-    Returns at once: a daemon thread polls, since vLLM has no hook after its socket is served.
+    Returns at once: a daemon thread polls, since vLLM has no hook after its socket is served. A
+    headless one has no socket, and counts as ready.
     """
-    if args.headless or args.uds:
+    if args.headless:
+        _tell()
         return
     threading.Thread(target=_announce, args=(args,), daemon=True, name="ready").start()
 
@@ -31,6 +34,7 @@ def curl_line(args: argparse.Namespace) -> str:
     body = {"model": name, "prompt": "It was a fine day, and", "max_tokens": 32}
     # -k: the certificate need not name the address that the server is reached by here.
     words = ["curl", "-sk"] if args.ssl_certfile else ["curl", "-s"]
+    words += ["--unix-socket", args.uds] if args.uds else []
     words.append(f"{_root(args)}/v1/completions")
     words += ["-H", "Content-Type: application/json", "-d", json.dumps(body)]
     line = shlex.join(words)
@@ -57,23 +61,34 @@ def address(args: argparse.Namespace) -> tuple[str, int]:
 def _announce(args: argparse.Namespace) -> None:
     while not _is_healthy(args):
         time.sleep(POLL_SECONDS)
-    # main.py waits for this: from now on a signal drains.
-    if writer := os.environ.get(READY_FD):
-        os.write(int(writer), b"1")
-    what = "Try:" if args.no_ui else f"Open {_root(args)}/ or try:"
+    _tell()
+    what = "Try:" if args.no_ui or args.uds else f"Open {_root(args)}/ or try:"
     print(f"\nReady. {what}\n\n  {curl_line(args)}\n", file=sys.stderr, flush=True)
 
 
+def _tell() -> None:
+    # main.py waits for this: from now on a signal drains.
+    if writer := os.environ.get(READY_FD):
+        os.write(int(writer), b"1")
+    # sd_notify(3). A name that begins with @ is one of the abstract namespace.
+    if name := os.environ.get("NOTIFY_SOCKET"):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+            systemd.sendto(b"READY=1", name.replace("@", "\0", 1) if name[0] == "@" else name)
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str, timeout: float) -> None:
+        super().__init__("localhost", timeout=timeout)
+        self.path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self.path)
+
+
 def _is_healthy(args: argparse.Namespace) -> bool:
-    host, port = address(args)
-    if args.ssl_certfile:
-        # The certificate is the server's own; only whether it answers matters here.
-        context = ssl._create_unverified_context()
-        connection: http.client.HTTPConnection = http.client.HTTPSConnection(
-            host, port, timeout=5, context=context
-        )
-    else:
-        connection = http.client.HTTPConnection(host, port, timeout=5)
+    connection = _connection(args)
     try:
         connection.request("GET", "/health")
         return connection.getresponse().status == 200
@@ -81,3 +96,14 @@ def _is_healthy(args: argparse.Namespace) -> bool:
         return False
     finally:
         connection.close()
+
+
+def _connection(args: argparse.Namespace) -> http.client.HTTPConnection:
+    if args.uds:
+        return _UnixConnection(args.uds, timeout=5)
+    host, port = address(args)
+    if args.ssl_certfile:
+        # The certificate is the server's own; only whether it answers matters here.
+        context = ssl._create_unverified_context()
+        return http.client.HTTPSConnection(host, port, timeout=5, context=context)
+    return http.client.HTTPConnection(host, port, timeout=5)

@@ -6,6 +6,7 @@ import socket
 import sys
 from pathlib import Path
 
+from cast_serve.server.main import ENDED
 from cast_serve.server.parent import end_with_parent
 
 # What vLLM raises when an engine cannot start or an argument does not fit the model.
@@ -71,7 +72,7 @@ def _serve(args: argparse.Namespace) -> int:
     except ENGINE_ERRORS as error:
         fault = None if args.load_format == "dummy" else _fault(args.model)
         return _fail(fault or f"{type(error).__name__}: {error}")
-    return 0
+    return ENDED
 
 
 def _fault(model: str) -> str | None:

@@ -222,12 +222,14 @@ def test_broken_plugin(packed):
         ({"ssl_certfile": "c.pem"}, "curl -sk https://localhost:8000/v1/completions"),
         ({"api_key": ["secret"]}, '-H "Authorization: Bearer $VLLM_API_KEY"'),
         ({"served_model_name": ["it's"]}, "it'\"'\"'s"),
+        ({"uds": "/run/s"}, "curl -s --unix-socket /run/s http://localhost:8000/v1/completions"),
     ],
 )
 def test_curl_line_fits_flags(changed, expected):
     flags = {
         "host": None,
         "port": 8000,
+        "uds": None,
         "ssl_certfile": None,
         "api_key": None,
         "served_model_name": None,

@@ -147,7 +147,7 @@ FILES = [
     Bad("header-json", "header is not valid JSON", files=header(lambda h: b'{"a": ')),
     Bad("header-deep", "header is not valid JSON", files=header(lambda h: b"[" * 200_000)),
     Bad("header-list", "header is not a JSON object", files=header(lambda h: b"[]")),
-    Bad("header-twice", "lm_head.weight appears twice",
+    Bad("header-twice", "'lm_head.weight' appears twice",
         files=header(lambda h: b'{"lm_head.weight": {}, "lm_head.weight": {}}')),
     Bad("header-entry", "needs dtype, shape and data_offsets", tensor="lm_head.weight",
         files=header(lambda h: h["lm_head.weight"].pop("dtype"))),
