@@ -51,7 +51,10 @@ class OpenAIErrors:
             if answer.is_open_stream:
                 await answer.end(await _reason(scope, failure))
             elif not answer.begun and _is_of_reading(failure):
-                logger.warning("%s: vLLM cannot read a request", scope["path"], exc_info=failure)
+                # A line, not its traceback: whoever sends such requests would fill the log.
+                frame = traceback.extract_tb(failure.__traceback__)[-1]
+                where = f"{frame.filename}:{frame.lineno}"
+                logger.warning("%s: vLLM tripped over a request at %s", scope["path"], where)
                 message = f"the request cannot be read: {type(failure).__name__}: {failure}"
                 refusal = JSONResponse({"error": _error(400, message)}, 400)
                 return await refusal(scope, receive, send)

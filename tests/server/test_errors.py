@@ -127,7 +127,9 @@ def test_request_that_cannot_be_read(client, caplog):
     assert answer.json()["error"]["message"] == (
         "the request cannot be read: IndexError: list index out of range"
     )
-    assert "vLLM cannot read a request" in caplog.text
+    assert [record.getMessage() for record in caplog.records if "vLLM" in record.msg] == [
+        "/read: vLLM tripped over a request at <string>:3"
+    ]
 
 
 def test_fault_of_the_server_stays_one(client):

@@ -1,5 +1,6 @@
 """Schemathesis against the server's own /openapi.json: no request makes it answer 5xx."""
 
+import re
 import subprocess
 import sys
 from typing import Any
@@ -12,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schemathesis.checks import not_a_server_error
 
-# Two minutes, and as many generated requests as fit.
+# About 18,000 requests, most of them refused; four minutes.
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 # Changes how many engines there are, where vLLM serves experts in parallel; here it cannot, and
@@ -53,7 +54,7 @@ def test_every_operation(server, client):
         timeout=500,
     )
     assert ran.returncode == 0, ran.stdout[-5000:] + ran.stderr[-2000:]
-    assert "not_a_server_error" in ran.stdout or "Tested" in ran.stdout
+    assert int(re.search(r"(\d+) generated", ran.stdout)[1]) > 1000
     assert httpx.get(f"{server.url}/health").status_code == 200
 
 
