@@ -2,6 +2,7 @@
 
 import json
 import logging
+import resource
 import threading
 
 import pytest
@@ -82,6 +83,20 @@ def test_cache_that_cannot_be_written_leaves_nothing_behind(caplog):
         cache.write(problem(), PLAN)
     assert "measured again at every start" in caplog.text
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_cache_on_a_full_disk(caplog):
+    """A limit of the size of files is met in the middle of writing, as the end of a disk is."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with caplog.at_level(logging.WARNING):
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (16, hard))
+            cache.write(problem(), PLAN)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "measured again at every start" in caplog.text
+    assert list(cache.path_of(problem()).parent.iterdir()) == []
+    assert cache.read(problem()) is None
 
 
 def test_cache_is_never_half_written():

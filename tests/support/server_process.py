@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import openai
@@ -20,15 +21,21 @@ class Server:
     """A running cast-serve; `wait_ready` blocks until its curl line is printed."""
 
     def __init__(
-        self, model: Path, log: Path, *flags: str, environment: dict[str, str] | None = None
+        self,
+        model: Path,
+        log: Path,
+        *flags: str,
+        environment: dict[str, str] | None = None,
+        before: Sequence[str] = (),
     ) -> None:
+        """Start it; `before` is a command that runs another, such as `unshare`."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.log = log
         with log.open("w") as errors:
             self.process = subprocess.Popen(
-                [CAST_SERVE, "--model", str(model), "--port", str(self.port), *flags],
+                [*before, CAST_SERVE, "--model", str(model), "--port", str(self.port), *flags],
                 stdout=errors,
                 stderr=errors,
                 env={**ENVIRONMENT, **(environment or {})},
