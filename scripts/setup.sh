@@ -47,5 +47,7 @@ if [ "$lock" = requirements/cpu.txt ]; then
 else
     pip install --quiet -r "$lock"
 fi
+# Left by a build in this folder, its entry points would be found before those of this installation.
+rm -rf cast_serve.egg-info
 pip install --quiet --no-deps --no-build-isolation --editable .
 echo "$want" >.venv/installed

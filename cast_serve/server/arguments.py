@@ -20,7 +20,11 @@ CPU_CACHE_BYTES = 4 * 2**30
 
 # vLLM's surface for them; the last one is the first to see a request, so these come after any that
 # the user names.
-MIDDLEWARE = ("cast_serve.server.body_limit.LimitBody", "cast_serve.server.key.RequireKey")
+MIDDLEWARE = (
+    "cast_serve.server.body_limit.LimitBody",
+    "cast_serve.server.key.RequireKey",
+    "cast_serve.server.errors.OpenAIErrors",
+)
 
 # Read every few seconds by Prometheus and by every open page: no lines in the access log.
 POLLED = "/metrics"

@@ -294,7 +294,7 @@ def test_page_asks_for_the_key(server, browser):
     expect(page.get_by_role("region", name="Kernels")).to_contain_text("reference")
     page.locator("#prompt").fill("it was")
     page.keyboard.press("Enter")
-    expect(page.locator(".figures")).to_contain_text("first token", timeout=30_000)
+    expect(page.locator(".figures")).to_contain_text("first token")
     # Its own answers of 401 are all that the browser complains about.
     assert {said for said in seen.console if "401 (Unauthorized)" not in said} == set()
     page.context.close()

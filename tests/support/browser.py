@@ -12,7 +12,10 @@ playwright = pytest.importorskip("playwright.sync_api", reason="needs the packag
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's package chromium")
 
+# Milliseconds. A machine with other work is slow, and time decides nothing here.
+PATIENCE = 60_000
 expect = playwright.expect
+expect.set_options(timeout=PATIENCE)
 
 
 @dataclass
@@ -37,6 +40,7 @@ def open_page(
 ) -> tuple["playwright.Page", Seen]:
     """A page in a context of its own, as a private window has it."""
     page = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **context}).new_page()
+    page.set_default_timeout(PATIENCE)
     seen = Seen()
     page.on("console", lambda message: seen.console.append(f"{message.type}: {message.text}"))
     page.on("pageerror", lambda error: seen.console.append(f"uncaught: {error}"))

@@ -26,8 +26,12 @@ export function watch(container, report) {
   ];
   container.append(...charts.map(([{ root }]) => root));
   let readings = [];
+  let asking = false;
 
   async function poll() {
+    // A server that is slow to answer is not asked again meanwhile.
+    if (asking) return;
+    asking = true;
     try {
       const reading = read(await (await request("metrics")).text(), performance.now() / 1000);
       // Counters that go down: the server was started anew.
@@ -44,6 +48,7 @@ export function watch(container, report) {
     } catch {
       report(false);
     }
+    asking = false;
   }
 
   function tick() {

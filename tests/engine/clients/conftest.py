@@ -1,0 +1,64 @@
+"""One server of the example model, with an API key, for all clients."""
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from asking import MODEL
+from openai import OpenAI
+from prometheus_client.parser import text_string_to_metric_families
+from server_process import Server
+
+EXAMPLE = Path(__file__).parents[3] / "examples" / "tiny-llama-2of4"
+KEY = "a key of this test"
+
+
+@pytest.fixture(scope="package")
+def server(tmp_path_factory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("clients") / "server"
+    flags = (
+        *("--served-model-name", MODEL, "--enforce-eager", "--kv-cache-memory-bytes", "256M"),
+        *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+    )
+    running = Server(EXAMPLE, log, *flags, environment={"VLLM_API_KEY": KEY})
+    running.wait_ready()
+    yield running
+    running.stop(signal.SIGTERM)
+
+
+@pytest.fixture(scope="package")
+def client(server) -> OpenAI:
+    # No tries beyond the first: they would hide a failure.
+    return OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=120)
+
+
+@pytest.fixture
+def metric(server) -> Callable[..., float]:
+    """Of /metrics, a sample's value summed over the labels that are not given."""
+
+    def value(name: str, **labels: str) -> float:
+        text = httpx.get(f"{server.url}/metrics").text
+        return sum(
+            sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        )
+
+    return value
+
+
+@pytest.fixture
+def idle(metric) -> Callable[[], None]:
+    """Waits until the engine runs nothing and nothing waits for it."""
+
+    def wait() -> None:
+        end = time.monotonic() + 10
+        while metric("vllm:num_requests_running") + metric("vllm:num_requests_waiting"):
+            assert time.monotonic() < end, "requests run on"
+            time.sleep(0.1)
+
+    return wait
