@@ -1,11 +1,16 @@
 """What a server must bear: clients without the key, hostile requests, clients that vanish, load."""
 
+import asyncio
 import concurrent.futures
 import json
+import os
 import re
+import runpy
 import signal
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +25,7 @@ from server_process import Server
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny-llama-2of4"
+SOAK = Path(__file__).parents[2] / "scripts" / "soak.py"
 KEY = "sk-of-the-tests-86f1c0"
 WRONG = "sk-that-is-wrong-5d20a7"
 MIB = 2**20
@@ -265,6 +271,47 @@ def test_half_requests_that_stay(server, answer):
     assert halves[0].recv(100).startswith(b"HTTP/1.1 200")
     for client in halves:
         client.close()
+
+
+def soak(server: Server, *flags: str) -> tuple[int, dict[str, float]]:
+    """Exit status and report of scripts/soak.py for some seconds."""
+    small = ("--url", server.url, "--streams", "16", "--seconds", "5", "--prompts", "12")
+    done = subprocess.run(
+        [sys.executable, SOAK, *small, "--abandon", "0.2", *flags],
+        env={**os.environ, "VLLM_API_KEY": KEY},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.stdout, done.stderr
+    return done.returncode, json.loads(done.stdout.splitlines()[-1])
+
+
+def test_streams_get_what_they_get_alone(server):
+    status, report = soak(server, "--pid", str(server.process.pid))
+    assert status == 0, report
+    assert report["answers"] >= 16 and report["abandoned"] > 0
+    assert report["wrong_or_lost"] == report["left_in_server"] == 0
+    assert report["mib_end"] > 100
+
+
+def test_soak_sees_another_s_answer(server):
+    """Its judgement of an answer that differs: one that belongs to another prompt is far off."""
+    program = runpy.run_path(str(SOAK))
+
+    async def furthest() -> tuple[float, float]:
+        headers = {"Authorization": f"Bearer {KEY}"}
+        async with httpx.AsyncClient(base_url=server.url, headers=headers, timeout=60) as client:
+            mine, other = program["questions"](2, seed=0)
+            tokens = await program["alone"](client, mine, "tiny")
+            judge = program["distance"]
+            return (
+                await judge(client, mine, tokens, "tiny"),
+                await judge(client, other, tokens, "tiny"),
+            )
+
+    own, others = asyncio.run(furthest())
+    assert own < 0.1 < others
 
 
 def test_second_server_on_this_host(server, answer, tmp_path):
