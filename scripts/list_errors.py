@@ -25,8 +25,10 @@ REPORTS = {
     "NoKernel",
     "WrongResult",
     "BadParameter",
+    "HTTPException",
     "error",
     "main_error",
+    "refusal",
     "refuse",
     "_fail",
     "_failure",
@@ -106,7 +108,8 @@ def _texts(node: ast.AST, names: dict[str, ast.AST]) -> Iterator[str]:
 
 def _says_something(text: str) -> bool:
     """More than a name, a suffix or a gap."""
-    return len(re.findall(r"[A-Za-z]{2,}", text.replace(GAP, " "))) > 1
+    words = text.replace(GAP, " ").split()
+    return sum(bool(re.search(r"[A-Za-z]{2}", word)) for word in words) > 1
 
 
 def line(text: str) -> str:

@@ -4,8 +4,9 @@ from http import HTTPStatus
 
 from fastapi import HTTPException
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cast_serve.server.errors import refusal
 
 # A prompt of a million token ids is 7 MB of JSON; the rest is room for pictures.
 MAX_REQUEST_BYTES = 64 * 2**20
@@ -29,7 +30,7 @@ class LimitBody:
             return
         limit: int = scope["app"].state.args.max_request_bytes
         if int(Headers(scope=scope).get("Content-Length", "0")) > limit:
-            await _refusal(limit)(scope, receive, send)
+            await refusal(TOO_LARGE, _reason(limit))(scope, receive, send)
             return
         received = 0
 
@@ -47,13 +48,3 @@ class LimitBody:
 
 def _reason(limit: int) -> str:
     return f"a request may send {limit} bytes; see --max-request-bytes"
-
-
-def _refusal(limit: int) -> JSONResponse:
-    error = {
-        "message": _reason(limit),
-        "type": TOO_LARGE.phrase,
-        "param": None,
-        "code": TOO_LARGE.value,
-    }
-    return JSONResponse({"error": error}, TOO_LARGE.value)

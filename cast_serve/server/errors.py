@@ -3,7 +3,7 @@
 vLLM answers most failures so. `OpenAIErrors` goes around its whole API server, by --middleware,
 and puts right the others:
 
-- a wrong key (401), an unknown path (404) or method (405), whose bodies are of other forms;
+- an unknown path (404) or method (405), whose bodies are of other forms;
 - what this model or version has no implementation of (501): OpenAI's API says 404, and clients and
   proxies try a 5xx again;
 - a request that vLLM trips over while it reads it, such as an empty list whose first item it takes
@@ -31,8 +31,12 @@ TRIPS = (AssertionError, AttributeError, LookupError)
 # Where vLLM makes a prompt of a request. Nothing of the engine runs below it.
 READING = "vllm.renderers."
 
-TYPES = {401: "AuthenticationError", 404: "NotFoundError"}
-MESSAGES = {401: "no API key, or a wrong one: send it as `Authorization: Bearer KEY`"}
+TYPES = {404: "NotFoundError"}
+
+
+def refusal(status: HTTPStatus, message: str, **fields: str) -> JSONResponse:
+    """A middleware's answer to a request that it does not let pass; `fields` as OpenAI's are."""
+    return JSONResponse({"error": {**_error(status, message), **fields}}, status)
 
 
 class OpenAIErrors:
@@ -55,9 +59,11 @@ class OpenAIErrors:
                 frame = traceback.extract_tb(failure.__traceback__)[-1]
                 where = f"{frame.filename}:{frame.lineno}"
                 logger.warning("%s: vLLM tripped over a request at %s", scope["path"], where)
-                message = f"the request cannot be read: {type(failure).__name__}: {failure}"
-                refusal = JSONResponse({"error": _error(400, message)}, 400)
-                return await refusal(scope, receive, send)
+                answer_instead = refusal(
+                    HTTPStatus.BAD_REQUEST,
+                    f"the request cannot be read: {type(failure).__name__}: {failure}",
+                )
+                return await answer_instead(scope, receive, send)
             # uvicorn logs it.
             raise
 
@@ -117,7 +123,7 @@ def _worded(status: int, body: bytes) -> tuple[int, bytes]:
         message = error.get("message", "")
     else:
         detail = said.get("detail") if isinstance(said, dict) else None
-        message = MESSAGES.get(status) or str(error or detail or HTTPStatus(status).phrase)
+        message = str(error or detail or HTTPStatus(status).phrase)
     return status, json.dumps({"error": _error(status, message)}).encode()
 
 

@@ -8,10 +8,13 @@ import hashlib
 import os
 import secrets
 from argparse import Namespace
+from http import HTTPStatus
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
+
+from cast_serve.server.errors import refusal
 
 OPEN = frozenset(
     {
@@ -65,10 +68,11 @@ def _digest(key: str) -> bytes:
 
 
 def _refusal() -> JSONResponse:
-    error = {
-        "message": "wrong API key, or none; send it as `Authorization: Bearer KEY`",
-        "type": "invalid_request_error",
-        "param": None,
-        "code": "invalid_api_key",
-    }
-    return JSONResponse({"error": error}, 401, headers={"WWW-Authenticate": "Bearer"})
+    answer = refusal(
+        HTTPStatus.UNAUTHORIZED,
+        "wrong API key, or none; send it as `Authorization: Bearer KEY`",
+        type="invalid_request_error",
+        code="invalid_api_key",
+    )
+    answer.headers["WWW-Authenticate"] = "Bearer"
+    return answer

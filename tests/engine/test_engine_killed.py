@@ -61,6 +61,15 @@ def test_idle(tmp_path):
     assert psutil.wait_procs(family, timeout=30)[1] == []
 
 
+def test_command_killed(tmp_path):
+    """What it started does not stay behind it."""
+    server = start(tmp_path / "log")
+    family = psutil.Process(server.process.pid).children(recursive=True)
+    assert len(family) >= 2
+    server.process.kill()
+    assert psutil.wait_procs(family, timeout=30)[1] == []
+
+
 @pytest.mark.parametrize(
     ("api_servers", "saying"), [("1", "ended by itself"), ("2", "died unexpectedly")]
 )

@@ -72,13 +72,6 @@ def test_errors_of_openai_s_form_pass_as_they_are(client):
     assert (answer.status_code, answer.json()) == (400, body)
 
 
-def test_wrong_key(client):
-    answer = asked(client, 401, {"error": "Unauthorized"})
-    assert answer.status_code == 401
-    assert answer.json()["error"]["type"] == "AuthenticationError"
-    assert "Authorization: Bearer" in answer.json()["error"]["message"]
-
-
 @pytest.mark.parametrize("method, path, status", [("GET", "/no", 404), ("PUT", "/read", 405)])
 def test_no_such_route(client, method, path, status):
     answer = client.request(method, path)

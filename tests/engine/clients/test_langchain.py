@@ -131,17 +131,17 @@ def test_stream_that_is_left_is_aborted(client, metric, idle):
 
 
 @pytest.mark.parametrize(
-    ("options", "error"),
+    ("options", "error", "code"),
     [
-        ({"model": "gpt-4"}, openai.NotFoundError),
-        ({"max_tokens": 2000}, openai.BadRequestError),
-        ({"api_key": "wrong"}, openai.AuthenticationError),
+        ({"model": "gpt-4"}, openai.NotFoundError, 404),
+        ({"max_tokens": 2000}, openai.BadRequestError, 400),
+        ({"api_key": "wrong"}, openai.AuthenticationError, "invalid_api_key"),
     ],
     ids=["model", "max_tokens", "key"],
 )
-def test_error(server, client, options, error):
+def test_error(server, client, options, error, code):
     given = {"model": MODEL, "api_key": client.api_key, "max_retries": 0, **options}
     asked = ChatOpenAI(base_url=str(client.base_url), **given)
     with pytest.raises(error) as raised:
         asked.invoke(PROMPT)
-    assert raised.value.body["code"] == raised.value.status_code
+    assert raised.value.body["code"] == code

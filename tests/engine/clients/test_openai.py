@@ -337,7 +337,7 @@ def test_wrong_key(server, key):
         complete(stranger)
     assert raised.value.status_code == 401
     assert "Bearer" in raised.value.message
-    assert raised.value.body["type"] == "AuthenticationError"
+    assert raised.value.body["code"] == "invalid_api_key"
 
 
 def test_what_there_is_not(client):
