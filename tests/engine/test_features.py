@@ -23,6 +23,7 @@ def packed(stored, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_tensor_parallel(engine, stored, packed, tmp_path):
     """The 2:4 layers stay packed; each of two ranks holds slices of what the checkpoint has."""
     environment = {
@@ -79,6 +80,7 @@ def test_lora(engine, stored, oracle, packed, tmp_path):
     engine(packed, **options).assert_equals(stock)
 
 
+@pytest.mark.slow
 def test_torch_compile(engine, stored, packed):
     stock = engine(stored("llama"), enforce_eager=False)
     engine(packed, enforce_eager=False).assert_equals(stock)

@@ -119,6 +119,7 @@ def assert_drains(server: Server, number: signal.Signals) -> None:
     assert "Traceback" not in server.log.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("moment", ["^format ", "Initializing a V1 LLM engine"])
 def test_stopped_while_starting(packed, tmp_path, moment, number):
@@ -171,6 +172,7 @@ def test_refuses_before_loading(packed, tmp_path):
     assert "Traceback" not in refused.stderr
 
 
+@pytest.mark.slow
 def test_bad_data_named_last(packed, tmp_path):
     """What no header shows is found by the engine, and said in one line after its log."""
     convert(packed, tmp_path / "nan", to="packed")

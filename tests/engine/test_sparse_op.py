@@ -63,6 +63,7 @@ def test_sparse_op_with(sparse_engine, engine, stored, packed, feature):
     assert (sum(answer.cached_tokens) > 0) == (feature == "prefix caching")
 
 
+@pytest.mark.slow
 def test_sparse_op_with_speculative_decoding(engine, stored, packed, tmp_path):
     """In a process of its own: n-grams load numba, with which vLLM 0.32 for CPUs starts no second
     engine. Stock vLLM answers without: what is guessed changes no greedy token."""

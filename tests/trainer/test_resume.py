@@ -92,6 +92,7 @@ def assert_same(ours: Path, theirs: Path) -> None:
         assert same, name
 
 
+@pytest.mark.slow
 def test_resume_after_kill_is_bit_exact(gpt2_dir, text_file, tmp_path):
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     done = drive("nowhere", 0, flags(gpt2_dir, text_file, straight))
