@@ -30,6 +30,7 @@ def _run() -> int:
         return _fail(str(error))
 
     from vllm.entrypoints.cli.serve import validate_parsed_serve_args
+    from vllm.platforms import current_platform
 
     from cast_serve.envs import forced_kernel
     from cast_serve.kernels.selection import forced_spec
@@ -37,6 +38,10 @@ def _run() -> int:
     from cast_serve.server.arguments import parse
     from cast_serve.server.report import report
 
+    if current_platform.is_cpu():
+        # vLLM 0.32 saves what it compiled for a CPU in a form that it fails to load, so it compiles
+        # at every start. Inductor's own cache works.
+        os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
     try:
         if forced := forced_kernel():
             forced_spec(forced)
