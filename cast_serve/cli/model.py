@@ -131,6 +131,10 @@ def quantize(
     context: Annotated[
         int | None, typer.Option(min=2, help="Tokens per window; default: 1024 or the model's.")
     ] = None,
+    text_key: Annotated[
+        str | None,
+        typer.Option(help="Key or column of --text in .jsonl and .parquet; default: text."),
+    ] = None,
 ) -> None:
     """Write 8-bit values with a scale per output channel: 5/16 of the bytes of sparse layers.
 
@@ -138,8 +142,8 @@ def quantize(
     """
     if fp8 == int8:
         raise typer.BadParameter("give one of --fp8 and --int8")
-    if context is not None and not text:
-        raise typer.BadParameter("--context is of the windows of --text; give that too")
+    if (context is not None or text_key is not None) and not text:
+        raise typer.BadParameter("--context and --text-key are of --text; give that too")
     with _one_line_errors():
         from cast_serve.cli import tables
         from cast_serve.cli.perplexity import measure_on
@@ -147,7 +151,7 @@ def quantize(
         from cast_serve.model_loaders.quantize import quantize as quantize_checkpoint
         from cast_serve.model_loaders.summary import summarise
 
-        measure = measure_on(tuple(text), context) if text else None
+        measure = measure_on(tuple(text), context, text_key=text_key) if text else None
         with _progress("Quantizing") as report:
             record = quantize_checkpoint(
                 source, output, to="fp8" if fp8 else "int8", measure=measure, progress=report

@@ -15,14 +15,16 @@ from cast_serve.trainer.source import context_length
 from cast_serve.trainer.sparse_source import load_sparse
 
 
-def measure_on(text: tuple[Path, ...], context: int | None) -> Callable[[Path], dict[str, Any]]:
+def measure_on(
+    text: tuple[Path, ...], context: int | None, *, text_key: str | None = None
+) -> Callable[[Path], dict[str, Any]]:
     """What measures a checkpoint folder: perplexity, tokens, context and the names of the files.
 
     Args:
         text: files as cast-train reads them.
         context: tokens per window; None: 1024 or the model's limit.
+        text_key: key or column of the text in .jsonl and .parquet; None is "text".
     """
-
     sources = tuple(DataSource(place=str(path)) for path in text)
     # Its bars of loading would break up the one of the conversion.
     disable_progress_bar()
@@ -31,7 +33,7 @@ def measure_on(text: tuple[Path, ...], context: int | None) -> Callable[[Path], 
         try:
             source = load_sparse(folder)
             length = context_length(source.model, context)
-            tokens = read_tokens(sources, source.tokenizer)
+            tokens = read_tokens(sources, source.tokenizer, text_key=text_key)
             windows = to_blocks(tokens, context=length, key="text").stacked()
         except RunError as error:
             raise CheckpointError(folder, str(error)) from error

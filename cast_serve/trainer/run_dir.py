@@ -47,8 +47,9 @@ def check_folders(config: RunConfig) -> None:
         RunError: says which folder, and what to do.
     """
     output, run_dir = config.output, config.run_dir
-    if output.exists() and not output.is_dir():
-        raise RunError(f"output: {output} is a file; name a folder")
+    for folder in (output, run_dir):
+        if folder.exists() and not folder.is_dir():
+            raise RunError(f"output: {folder} is a file; name another folder or remove it")
     if config.resume:
         if not (run_dir / "run.json").is_file():
             raise RunError(f"resume: {run_dir} holds no run; leave --resume out to start one")

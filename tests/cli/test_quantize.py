@@ -74,6 +74,19 @@ def test_quantize_measures_both(pruned: Path, text: Path, tmp_path: Path, to: st
     assert again["perplexity"] == pytest.approx(after["perplexity"], rel=1e-6)
 
 
+def test_text_key(pruned: Path, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"body": "the whale and the sea " * 40}))
+    flags = ("--text", path, "--context", 32)
+    result = cast_model("quantize", pruned, "--fp8", "-o", tmp_path / "a", *flags)
+    assert result.exit_code == 1 and 'no object with a string under "text"' in result.stderr
+    result = cast_model(
+        "quantize", pruned, "--fp8", "-o", tmp_path / "a", *flags, "--text-key", "body"
+    )
+    assert result.exit_code == 0, result.output
+    assert "(864 tokens)" in result.stdout
+
+
 def test_inspect_and_check(pruned: Path, tmp_path: Path) -> None:
     assert cast_model("quantize", pruned, "--int8", "-o", tmp_path / "out").exit_code == 0
     assert "packed-int8, float32" in cast_model("inspect", tmp_path / "out").stdout
@@ -85,7 +98,8 @@ def test_inspect_and_check(pruned: Path, tmp_path: Path) -> None:
     [
         ([], "give one of --fp8 and --int8"),
         (["--fp8", "--int8"], "give one of --fp8 and --int8"),
-        (["--fp8", "--context", "8"], "--context is of the windows of --text"),
+        (["--fp8", "--context", "8"], "--context and --text-key are of --text; give that too"),
+        (["--fp8", "--text-key", "body"], "--context and --text-key are of --text; give that too"),
     ],
 )
 def test_bad_flags(pruned: Path, tmp_path: Path, flags: list[str], says: str) -> None:

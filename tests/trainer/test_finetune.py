@@ -11,6 +11,7 @@ import pyarrow
 import pytest
 import torch
 from peft import PeftModel
+from pyarrow import parquet
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -326,25 +327,40 @@ def completions(tmp_path: Path) -> Path:
     return path
 
 
+def to_parquet(jsonl: Path, target: Path) -> None:
+    rows = [{**json.loads(line), "source": 1} for line in jsonl.read_text().splitlines()]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), target)
+
+
 def text_of(tokenizer: PreTrainedTokenizerFast, ids: torch.Tensor) -> str:
     return tokenizer.decode(ids)
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_completions_learn_the_completion(
-    completions: Path, tokenizer: PreTrainedTokenizerFast
+    completions: Path, tokenizer: PreTrainedTokenizerFast, suffix: str
 ) -> None:
-    found = load_examples((completions,), tokenizer, context=64, held_out=0)
+    path = completions.with_suffix(suffix)
+    if suffix == ".parquet":
+        to_parquet(completions, path)
+    found = load_examples((path,), tokenizer, context=64, held_out=0)
     assert (found.kind, len(found.train), found.cut) == ("prompt", 20, 0)
     example = found.train[1]
     assert text_of(tokenizer, example.input_ids) == "1 is odd<eos>"
     assert text_of(tokenizer, example.labels[example.labels != -100]) == " odd<eos>"
 
 
-def test_messages_learn_assistant_turns(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+@pytest.mark.parametrize("kind", ["jsonl.xz", "parquet"])
+def test_messages_learn_assistant_turns(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, kind: str
+) -> None:
     turns = [("user", "hi"), ("assistant", "ho"), ("user", "more"), ("assistant", "end")]
     messages = [{"role": role, "content": content} for role, content in turns]
-    path = tmp_path / "chat.jsonl.xz"
-    path.write_bytes(lzma.compress(json.dumps({"messages": messages}).encode()))
+    path = tmp_path / f"chat.{kind}"
+    if kind == "parquet":
+        parquet.write_table(pyarrow.Table.from_pylist([{"messages": messages}]), path)
+    else:
+        path.write_bytes(lzma.compress(json.dumps({"messages": messages}).encode()))
     tokenizer.chat_template = TEMPLATE
     try:
         (example,) = load_examples((path,), tokenizer, context=128, held_out=0).train

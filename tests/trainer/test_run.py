@@ -323,6 +323,14 @@ def test_output_is_not_overwritten(make_config):
         run(config)
 
 
+@pytest.mark.parametrize("folder", ["output", "run_dir"])
+def test_files_are_not_overwritten(make_config, folder):
+    config = make_config()
+    getattr(config, folder).touch()
+    with pytest.raises(RunError, match=f"output: {getattr(config, folder)} is a file; name "):
+        run(config)
+
+
 def test_earlier_run_is_not_overwritten(trained, make_config):
     config, _ = trained
     with pytest.raises(RunError, match="is not empty"):

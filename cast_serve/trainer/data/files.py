@@ -214,31 +214,62 @@ def _json_lines(path: Path, text_key: str) -> Iterator[Piece]:
         yield from cut(row[text_key], where)
 
 
-def _parquet(path: Path, text_key: str) -> Iterator[Piece]:
-    import pyarrow
+def parquet_columns(path: Path) -> list[str]:
+    """The names of a .parquet's columns.
+
+    Raises:
+        RunError: the file cannot be read, or is damaged.
+    """
+    from pyarrow import parquet
+
+    with _parquet_errors(path), parquet.ParquetFile(path, memory_map=True) as file:
+        names: list[str] = file.schema_arrow.names
+        return names
+
+
+def parquet_rows(path: Path, columns: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file and row for errors, values by column) of every row of a .parquet.
+
+    Raises:
+        RunError: the file cannot be read, is damaged, or a text is not UTF-8.
+    """
     from pyarrow import parquet
 
     number = 0
+    with _parquet_errors(path), parquet.ParquetFile(path, memory_map=True) as file:
+        for batch in file.iter_batches(batch_size=1024, columns=columns):
+            for row in zip(*(batch.column(name) for name in columns), strict=True):
+                number += 1
+                where = f"{path}: row {number}"
+                try:
+                    values = [value.as_py() for value in row]
+                except UnicodeDecodeError as error:
+                    raise RunError(f"{where} is not UTF-8") from error
+                yield where, dict(zip(columns, values, strict=True))
+
+
+@contextmanager
+def _parquet_errors(path: Path) -> Iterator[None]:
+    import pyarrow
+
     try:
-        with parquet.ParquetFile(path, memory_map=True) as file:
-            names = file.schema_arrow.names
-            if text_key not in names:
-                raise RunError(
-                    f'{path}: has no column "{text_key}"; set text_key to one of {", ".join(names)}'
-                )
-            for batch in file.iter_batches(batch_size=1024, columns=[text_key]):
-                for value in batch.column(0):
-                    number += 1
-                    text = value.as_py()
-                    if not isinstance(text, str):
-                        raise RunError(f'{path}: row {number} has no string under "{text_key}"')
-                    yield from cut(text, f"{path}: row {number}")
+        yield
     except pyarrow.ArrowInvalid as error:
         raise RunError(f"{path}: is not a whole parquet file: {_first_line(error)}") from error
-    except UnicodeDecodeError as error:
-        raise RunError(f"{path}: row {number} is not UTF-8") from error
     except OSError as error:
         raise RunError(f"{path}: cannot be read: {_reason(error)}") from error
+
+
+def _parquet(path: Path, text_key: str) -> Iterator[Piece]:
+    columns = parquet_columns(path)
+    if text_key not in columns:
+        raise RunError(
+            f'{path}: has no column "{text_key}"; set text_key to one of {", ".join(columns)}'
+        )
+    for where, row in parquet_rows(path, [text_key]):
+        if not isinstance(row[text_key], str):
+            raise RunError(f'{where} has no string under "{text_key}"')
+        yield from cut(row[text_key], where)
 
 
 @contextmanager

@@ -1,9 +1,11 @@
 """Files to token sequences with labels: plain text, completions or conversations.
 
-.txt .parquet, or .jsonl with "text"    as in training: blocks of `context`, loss on every token
-.jsonl with "prompt" and "completion"   loss on the completion and the EOS after it
-.jsonl with "messages"                  the tokenizer's chat template; loss on what follows the
-                                        generation prompt of every assistant turn
+A .txt, and rows of a .jsonl or .parquet by the keys that they hold:
+
+text                    as in training: blocks of `context`, loss on every token
+prompt and completion   loss on the completion and the EOS after it
+messages                the tokenizer's chat template; loss on what follows the generation prompt of
+                        every assistant turn
 
 Folders and compressed files are read as in training.
 """
@@ -19,7 +21,14 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from cast_serve.trainer.data import BlockStream, load_corpus
-from cast_serve.trainer.data.files import expand, json_rows, kind_of, require_unicode
+from cast_serve.trainer.data.files import (
+    expand,
+    json_rows,
+    kind_of,
+    parquet_columns,
+    parquet_rows,
+    require_unicode,
+)
 from cast_serve.trainer.data_source import DataSource
 from cast_serve.trainer.distill import IGNORED
 from cast_serve.trainer.errors import RunError
@@ -251,21 +260,30 @@ def _turns(where: str, messages: Any, tokenizer: PreTrainedTokenizerBase) -> Pie
 
 
 def _kind(path: Path, text_key: str | None) -> str:
-    """ "text", "prompt" or "messages", by the name of the file and the keys of its first line."""
-    if text_key is not None or kind_of(path) != ".jsonl":
+    """ "text", "prompt" or "messages", by the name of the file and the keys that its rows hold."""
+    suffix = kind_of(path)
+    if text_key is not None or suffix not in (".jsonl", ".parquet"):
         return "text"
-    where, row = next(_rows(path), (None, None))
-    if row is None:
-        raise RunError(f"{path}: holds no lines")
+    if suffix == ".parquet":
+        where, keys = str(path), parquet_columns(path)
+    else:
+        first = next(_rows(path), None)
+        if first is None:
+            raise RunError(f"{path}: holds no lines")
+        where, keys = first[0], list(first[1])
     known = ("messages", "prompt", "text")
-    found = next((key for key in known if key in row), None)
+    found = next((key for key in known if key in keys), None)
     if found is None:
         raise RunError(f"{where}: has none of the keys {', '.join(known)}")
     return found
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(file and line for errors, object) of a .jsonl."""
+    """(file and row for errors, values by key) of a .jsonl or .parquet."""
+    if kind_of(path) == ".parquet":
+        known = ("messages", "prompt", "completion")
+        yield from parquet_rows(path, [name for name in parquet_columns(path) if name in known])
+        return
     for where, row in json_rows(path):
         if not isinstance(row, dict):
             raise RunError(f"{where} is no JSON object")

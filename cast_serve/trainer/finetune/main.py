@@ -25,7 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag(
         "--data",
         required=True,
-        help="text as cast-train reads it (loss on every token), or .jsonl with prompt and "
+        help="text as cast-train reads it (loss on every token), or rows with prompt and "
         "completion, or messages (loss on completions and assistant turns)",
         **files,  # type: ignore[arg-type]
     )
