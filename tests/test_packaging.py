@@ -94,6 +94,7 @@ print(sorted(script.name for script in entry_points(group="console_scripts")))
     assert done.stdout.strip() == "['cast-bench', 'cast-model', 'cast-serve', 'cast-train']"
 
 
+@pytest.mark.slow
 def test_wheel_imports_with_dependencies(wheel, tmp_path):
     """Every module of the wheel imports, from the wheel and not from this checkout."""
     with zipfile.ZipFile(wheel) as archive:

@@ -68,6 +68,7 @@ def whole_parts(checkpoint: dict[str, torch.Tensor], name: str) -> dict[str, tor
     return {part: checkpoint[f"{block}.{part}.{stored}"] for part in parts}
 
 
+@pytest.mark.slow
 def test_lora(engine, stored, oracle, packed, tmp_path):
     torch.manual_seed(2)
     base = AutoModelForCausalLM.from_pretrained(stored("llama"))

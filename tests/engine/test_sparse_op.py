@@ -50,6 +50,7 @@ def test_sparse_op_in_bfloat16(sparse_engine, oracle, packed):
     assert sparse_engine(packed).tokens == oracle("llama").tokens
 
 
+@pytest.mark.slow
 def test_sparse_op_compiled(sparse_engine, float32, packed):
     answer = sparse_engine(packed, dtype="float32", enforce_eager=False)
     answer.assert_equals(float32("llama"))
