@@ -193,3 +193,15 @@ def test_parquet_column_errors(tmp_path):
         read(path, "title")
     with pytest.raises(RunError, match='row 1 has no string under "number"'):
         read(path, "number")
+
+
+@pytest.mark.parametrize(
+    ("damaged", "says"),
+    [(b"zebra", "row 2 is not UTF-8"), (b"title", "a column's name is not UTF-8")],
+)
+def test_parquet_that_is_not_utf_8(tmp_path, damaged, says):
+    path = tmp_path / "a.parquet"
+    write_parquet(path, title=["a", "zebra"])
+    path.write_bytes(path.read_bytes().replace(damaged, b"\xff" * 5))
+    with pytest.raises(RunError, match=says):
+        read(path, "title")

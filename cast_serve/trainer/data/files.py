@@ -256,6 +256,8 @@ def _parquet_errors(path: Path) -> Iterator[None]:
         yield
     except pyarrow.ArrowInvalid as error:
         raise RunError(f"{path}: is not a whole parquet file: {_first_line(error)}") from error
+    except UnicodeDecodeError as error:
+        raise RunError(f"{path}: a column's name is not UTF-8") from error
     except OSError as error:
         raise RunError(f"{path}: cannot be read: {_reason(error)}") from error
 
