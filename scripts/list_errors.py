@@ -27,6 +27,7 @@ REPORTS = {
     "BadParameter",
     "HTTPException",
     "error",
+    "fail",
     "main_error",
     "refusal",
     "refuse",

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import threading
 import time
+from itertools import pairwise
 
 import httpx
 
@@ -71,6 +72,7 @@ def timeline(flags: list[str]) -> dict[str, float]:
     key = os.environ.get("VLLM_API_KEY")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     client = httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=120)
+    # In the order in which they came.
     ends: dict[str, float] = {}
     lines: list[str] = []
     begun = time.monotonic()
@@ -103,9 +105,8 @@ def timeline(flags: list[str]) -> dict[str, float]:
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait()
-    moments = sorted(ends.items(), key=lambda item: item[1])
-    before = [begun, *(moment for _, moment in moments)]
-    return {phase: moment - last for (phase, moment), last in zip(moments, before, strict=False)}
+    moments = pairwise([("", begun), *ends.items()])
+    return {phase: moment - last for (_, last), (phase, moment) in moments}
 
 
 def is_healthy(client: httpx.Client) -> bool:

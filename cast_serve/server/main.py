@@ -56,11 +56,12 @@ def main() -> None:
     signal.signal(signal.SIGTERM, stop)
     status = server.wait()
     if status == ENDED:
-        status = 0 if stopping else _fail("the server ended by itself; the log above says why")
+        status = 0 if stopping else fail("the server ended by itself; the log above says why")
     sys.exit(status if status >= 0 else 128 - status)
 
 
-def _fail(reason: str) -> int:
+def fail(reason: str) -> int:
+    """Print why to stderr, in a line; the exit status."""
     print(f"cast-serve: {reason}", file=sys.stderr, flush=True)
     return 1
 

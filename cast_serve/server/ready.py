@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 
+from cast_serve.server.key import keys_of
 from cast_serve.server.main import READY_FD
 
 POLL_SECONDS = 0.5
@@ -38,7 +39,7 @@ def curl_line(args: argparse.Namespace) -> str:
     words.append(f"{_root(args)}/v1/completions")
     words += ["-H", "Content-Type: application/json", "-d", json.dumps(body)]
     line = shlex.join(words)
-    if args.api_key or os.environ.get("VLLM_API_KEY"):
+    if keys_of(args):
         # Not the key itself: it would end up in logs.
         line += ' -H "Authorization: Bearer $VLLM_API_KEY"'
     return line

@@ -6,7 +6,7 @@ import socket
 import sys
 from pathlib import Path
 
-from cast_serve.server.main import ENDED
+from cast_serve.server.main import ENDED, fail
 from cast_serve.server.parent import end_with_parent
 
 # What vLLM raises when an engine cannot start or an argument does not fit the model.
@@ -27,7 +27,7 @@ def _run() -> int:
     try:
         plugin.require()
     except (RuntimeError, ImportError) as error:
-        return _fail(str(error))
+        return fail(str(error))
 
     from vllm.entrypoints.cli.serve import validate_parsed_serve_args
     from vllm.platforms import current_platform
@@ -46,21 +46,21 @@ def _run() -> int:
         if forced := forced_kernel():
             forced_spec(forced)
     except ValueError as error:
-        return _fail(str(error))
+        return fail(str(error))
     try:
         args = parse()
         if args.load_format != "dummy":
             report(args.model, args.quantization, args.kv_cache_memory_bytes)
     except CheckpointError as error:
-        return _fail(str(error))
+        return fail(str(error))
     if args.check_only:
         found = Path(args.model).is_dir()
-        return 0 if found else _fail(f"{args.model}: no such folder, so nothing was checked")
+        return 0 if found else fail(f"{args.model}: no such folder, so nothing was checked")
     try:
         validate_parsed_serve_args(args)
         _require_free_port(args)
     except (ValueError, TypeError, KeyError, OSError) as error:
-        return _fail(str(error))
+        return fail(str(error))
     return _serve(args)
 
 
@@ -76,7 +76,7 @@ def _serve(args: argparse.Namespace) -> int:
         ServeSubcommand.cmd(args)
     except ENGINE_ERRORS as error:
         fault = None if args.load_format == "dummy" else _fault(args.model)
-        return _fail(fault or f"{type(error).__name__}: {error}")
+        return fail(fault or f"{type(error).__name__}: {error}")
     return ENDED
 
 
@@ -107,11 +107,6 @@ def _require_free_port(args: argparse.Namespace) -> None:
         except OSError as error:
             where = f"{args.host or '*'}:{args.port}"
             raise OSError(f"cannot listen on {where} ({error.strerror}); see --port") from error
-
-
-def _fail(reason: str) -> int:
-    print(f"cast-serve: {reason}", file=sys.stderr, flush=True)
-    return 1
 
 
 if __name__ == "__main__":
