@@ -62,9 +62,9 @@ def stays_well(server, answer) -> Iterator[None]:
     assert httpx.get(f"{server.url}/health", timeout=30).status_code == 200
     assert ask(server) == answer
     end = time.monotonic() + 60
-    while running_requests(server) and time.monotonic() < end:
+    while server.metric("vllm:num_requests_running") and time.monotonic() < end:
         time.sleep(0.2)
-    assert running_requests(server) == 0
+    assert server.metric("vllm:num_requests_running") == 0
 
 
 def body(**changes: object) -> dict[str, object]:
@@ -78,11 +78,6 @@ def post(server: Server, path: str = "/v1/completions", **options: object) -> ht
 
 def ask(server: Server) -> str:
     return post(server, json=body()).raise_for_status().json()["choices"][0]["text"]
-
-
-def running_requests(server: Server) -> float:
-    metrics = httpx.get(f"{server.url}/metrics", timeout=30).text
-    return sum(float(n) for n in re.findall(r"^vllm:num_requests_running\S* (\S+)", metrics, re.M))
 
 
 def memory(server: Server) -> int:

@@ -12,7 +12,6 @@ from typing import Any
 import httpx
 import pytest
 from browser import Seen, chromium, expect, needs_chromium, open_page
-from prometheus_client.parser import text_string_to_metric_families
 from server_process import Server
 
 # An engine start and a browser; together over half a minute.
@@ -94,16 +93,6 @@ def written(page: Any) -> str:
     return page.locator(".answered").last.evaluate("node => node.textContent")
 
 
-def metric(server: Server, name: str, **labels: str) -> float:
-    text = httpx.get(f"{server.url}/metrics").text
-    return sum(
-        sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-        if sample.name == name and labels.items() <= sample.labels.items()
-    )
-
-
 def test_loads(page):
     expect(page).to_have_title("tiny · cast-serve")
     expect(page.locator("#about")).to_have_text("tiny")
@@ -139,7 +128,7 @@ def test_completion_is_the_api_s(page, server):
 def test_answers_stream_and_stop(page, server, how):
     """Pieces show while the rest is written; stopping ends it in the engine too."""
     limit = CONTEXT - 100
-    before = metric(server, "vllm:generation_tokens_total")
+    before = server.metric("vllm:generation_tokens_total")
     send(page, "it was", max_tokens=str(limit))
     expect(page.locator("article[aria-busy] .answered")).not_to_be_empty()
     expect(page.get_by_role("button", name="Send")).to_be_hidden()
@@ -156,10 +145,10 @@ def test_answers_stream_and_stop(page, server, how):
         assert int(ended[1].replace(",", "")) < limit
     expect(page.get_by_role("button", name="Send")).to_be_enabled()
     end = time.monotonic() + 60
-    while metric(server, "vllm:num_requests_running") > 0 and time.monotonic() < end:
+    while server.metric("vllm:num_requests_running") > 0 and time.monotonic() < end:
         page.wait_for_timeout(100)
-    assert metric(server, "vllm:num_requests_running") == 0
-    assert metric(server, "vllm:generation_tokens_total") < before + limit
+    assert server.metric("vllm:num_requests_running") == 0
+    assert server.metric("vllm:generation_tokens_total") < before + limit
 
 
 def test_error_is_the_server_s(opened):
@@ -255,12 +244,12 @@ def test_charts_are_live(page, server):
     """Their words are those of /metrics; their lines have points."""
     charts = page.locator(".charts svg")
     expect(charts).to_have_count(5)
-    before = metric(server, "vllm:generation_tokens_total")
+    before = server.metric("vllm:generation_tokens_total")
     send(page, "it was", max_tokens="500")
     rate = page.get_by_label(re.compile(r"Tokens a second, now: written [1-9][\d,.]*, prompt"))
     expect(rate).to_be_visible(timeout=15_000)
     figures(page)
-    assert metric(server, "vllm:generation_tokens_total") == before + 500
+    assert server.metric("vllm:generation_tokens_total") == before + 500
     latency = re.compile(r"Time to first token, now: p50 [\d.]+ m?s, p95 [\d.]+ m?s")
     expect(page.get_by_label(latency)).to_be_visible(timeout=15_000)
     expect(page.get_by_label(re.compile(r"KV cache, now: in use [\d.]+ %"))).to_be_visible()

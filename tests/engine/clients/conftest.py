@@ -5,11 +5,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 from asking import MODEL
 from openai import OpenAI
-from prometheus_client.parser import text_string_to_metric_families
 from server_process import Server
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "tiny-llama-2of4"
@@ -37,18 +35,7 @@ def client(server) -> OpenAI:
 
 @pytest.fixture
 def metric(server) -> Callable[..., float]:
-    """Of /metrics, a sample's value summed over the labels that are not given."""
-
-    def value(name: str, **labels: str) -> float:
-        text = httpx.get(f"{server.url}/metrics").text
-        return sum(
-            sample.value
-            for family in text_string_to_metric_families(text)
-            for sample in family.samples
-            if sample.name == name and labels.items() <= sample.labels.items()
-        )
-
-    return value
+    return server.metric
 
 
 @pytest.fixture
