@@ -12,6 +12,7 @@ import httpx
 import openai
 import psutil
 import pytest
+from processes import left_running
 from server_process import Server
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -58,7 +59,7 @@ def test_idle(tmp_path):
     assert set(seen[unwell:]) <= {503, None}
     assert_fails(server, "the server ended by itself; the log above says why")
     # The engine's workers notice by themselves; a new server needs their memory.
-    assert psutil.wait_procs(family, timeout=30)[1] == []
+    assert left_running(family, seconds=30) == []
 
 
 def test_command_killed(tmp_path):
@@ -67,7 +68,7 @@ def test_command_killed(tmp_path):
     family = psutil.Process(server.process.pid).children(recursive=True)
     assert len(family) >= 2
     server.process.kill()
-    assert psutil.wait_procs(family, timeout=30)[1] == []
+    assert left_running(family, seconds=30) == []
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,16 @@
 """The process that hears the terminal, and what becomes of a server that it ends at once."""
 
+import contextlib
+import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import psutil
 import pytest
+from processes import left_running
 
 # A server with two children that stay, one in a session of its own, and others that come and go, as
 # the compilers and the lscpu of an engine that starts: such a one may end between being found and
@@ -16,13 +21,20 @@ STARTING = "sleep 300 & setsid sleep 300 & for one in 1 2 3; do while :; do /bin
 END = "import sys; from cast_serve.server.main import end_now; end_now(int(sys.argv[1]))"
 
 
-@pytest.mark.parametrize("attempt", range(5))
-def test_end_takes_all_along(attempt):
-    server = subprocess.Popen(["bash", "-c", f"{STARTING}; wait"], start_new_session=True)
-    while len(family := psutil.Process(server.pid).children(recursive=True)) < 5:
+@pytest.fixture
+def starting() -> Iterator[psutil.Process]:
+    process = subprocess.Popen(["bash", "-c", f"{STARTING}; wait"], start_new_session=True)
+    yield psutil.Process(process.pid)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(timeout=10)
+
+
+@pytest.mark.parametrize("attempt", range(20))
+def test_end_takes_all_along(starting, attempt):
+    while len(family := starting.children(recursive=True)) < 5:
         time.sleep(0.01)
-    ended = subprocess.run([sys.executable, "-c", END, str(server.pid)], capture_output=True)
+    ended = subprocess.run([sys.executable, "-c", END, str(starting.pid)], capture_output=True)
     assert ended.stderr == b""
     assert ended.returncode == 0
-    server.wait(timeout=10)
-    assert psutil.wait_procs(family, timeout=10)[1] == []
+    assert left_running([starting, *family], seconds=10) == []
