@@ -13,6 +13,8 @@ Roof      TPOT at one request cannot gain more than the step's bytes do: a 2:4 l
 Method    Weights are random (`--load-format dummy`), their shapes the model's. Each workload is
           run --repeats times by vllm.benchmarks.serve, greedy, with eos ignored and without prefix
           caching; prompts are the same for every engine. Shown is the median of the repeats.
+          Of the mean TTFT it is also said how much passes in the engine: the rest is the front
+          end, which no kernel makes faster.
 Breakdown After all workloads, those named run once more under torch.profiler; GPU time by kind of
           kernel, a step.
 Writes    serve-GPU.json under --out, after every workload; at the end its .md and .png. Breakdowns
@@ -185,7 +187,10 @@ class Run:
         self.results.save(self.path)
         tokens = " ".join(f"{one.output_tokens_per_s:.1f}" for one in measured)
         tpot = "" if row.tpot_ms is None else f"TPOT {row.tpot_ms:.2f} ms, "
-        line = f"{row.engine} {row.workload}: TTFT {row.ttft_ms:.1f} ms, {tpot}{tokens} tokens/s"
+        ttft = f"TTFT {row.ttft_ms:.1f} ms"
+        if row.ttft_engine_ms is not None:
+            ttft += f" (mean {row.ttft_mean_ms:.1f}, {row.ttft_engine_ms:.1f} in the engine)"
+        line = f"{row.engine} {row.workload}: {ttft}, {tpot}{tokens} tokens/s"
         self.console.print(line, markup=False)
 
     def _profile(self, engine: Engine, workload: Workload, server: Server, client: Client) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from cast_serve.bench.serving.engine_times import FirstTokens
 from cast_serve.bench.serving.process import end, start, tail
 from cast_serve.bench.serving.server import ServerError
 from cast_serve.bench.serving.vllm_command import MODULE
@@ -29,19 +30,26 @@ class Measurement:
     """One run of a workload.
 
     Attributes:
-        ttft_ms: time to the first token, median over requests; ttft_p99_ms the 99th percentile.
+        ttft_ms: time to the first token, median over requests; ttft_p99_ms the 99th percentile,
+            ttft_mean_ms the mean.
+        ttft_engine_ms: mean of what of it passes in the engine, warm-ups included; the rest is the
+            front end's, which parses, tokenizes and streams. None without statistics.
         tpot_ms: time per output token after the first, likewise; None where only one is asked for.
         output_tokens_per_s: over all requests and the whole run.
     """
 
     ttft_ms: float
     ttft_p99_ms: float
+    ttft_mean_ms: float
+    ttft_engine_ms: float | None
     tpot_ms: float | None
     tpot_p99_ms: float | None
     output_tokens_per_s: float
 
     @classmethod
-    def of(cls, result: dict[str, Any], workload: Workload) -> "Measurement":
+    def of(
+        cls, result: dict[str, Any], workload: Workload, *, ttft_engine_ms: float | None
+    ) -> "Measurement":
         """From the JSON that vllm.benchmarks.serve saves.
 
         Raises:
@@ -63,6 +71,8 @@ class Measurement:
         return cls(
             ttft_ms=result["median_ttft_ms"],
             ttft_p99_ms=result["p99_ttft_ms"],
+            ttft_mean_ms=result["mean_ttft_ms"],
+            ttft_engine_ms=ttft_engine_ms,
             tpot_ms=result["median_tpot_ms"] if decodes else None,
             tpot_p99_ms=result["p99_tpot_ms"] if decodes else None,
             output_tokens_per_s=result["output_throughput"],
@@ -128,6 +138,7 @@ class Client:
         result = self.folder / f"{workload.name}-{repeat}.json"
         flags = self._flags(url, workload, repeat, result)
         assert self.process.stdin is not None and self.process.stdout is not None
+        before = FirstTokens.read(url)
         try:
             print(json.dumps(flags), file=self.process.stdin, flush=True)
         except BrokenPipeError as error:
@@ -137,7 +148,8 @@ class Client:
             raise self._failure(f"{workload.name} was not over after {WORKLOAD_SECONDS} s")
         if self.process.stdout.readline() != "done\n":
             raise self._failure(f"the benchmark client ended during {workload.name}")
-        return Measurement.of(json.loads(result.read_text()), workload)
+        in_engine = FirstTokens.read(url).mean_ms_since(before)
+        return Measurement.of(json.loads(result.read_text()), workload, ttft_engine_ms=in_engine)
 
     def _flags(self, url: str, workload: Workload, repeat: int, result: Path) -> list[str]:
         if workload.input_len is None or workload.output_len is None:

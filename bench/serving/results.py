@@ -19,6 +19,8 @@ class Row:
     Attributes:
         input_len, output_len: tokens a request; None: drawn as ShareGPT's are.
         ttft_ms, ttft_p99_ms: time to the first token, median and 99th percentile of requests.
+        ttft_mean_ms, ttft_engine_ms: its mean, and the mean of what of it passes in the engine
+            (client.py); None in rows from before they were measured.
         tpot_ms, tpot_p99_ms: time per output token after the first; None with one token out.
         ttft_spread_ms, tpot_spread_ms, output_tokens_per_s_spread: largest less least of the
             repeats.
@@ -41,6 +43,8 @@ class Row:
     ttft_ms: float
     ttft_p99_ms: float
     ttft_spread_ms: float
+    ttft_mean_ms: float | None
+    ttft_engine_ms: float | None
     tpot_ms: float | None
     tpot_p99_ms: float | None
     tpot_spread_ms: float | None
@@ -68,6 +72,7 @@ class Row:
     ) -> "Row":
         """The row of one or more repeats."""
         ttft = [one.ttft_ms for one in measured]
+        in_engine = [one.ttft_engine_ms for one in measured if one.ttft_engine_ms is not None]
         tpot = [one.tpot_ms for one in measured if one.tpot_ms is not None]
         tpot_p99 = [one.tpot_p99_ms for one in measured if one.tpot_p99_ms is not None]
         tokens = [one.output_tokens_per_s for one in measured]
@@ -83,6 +88,8 @@ class Row:
             ttft_ms=statistics.median(ttft),
             ttft_p99_ms=statistics.median(one.ttft_p99_ms for one in measured),
             ttft_spread_ms=max(ttft) - min(ttft),
+            ttft_mean_ms=statistics.median(one.ttft_mean_ms for one in measured),
+            ttft_engine_ms=statistics.median(in_engine) if in_engine else None,
             tpot_ms=statistics.median(tpot) if tpot else None,
             tpot_p99_ms=statistics.median(tpot_p99) if tpot_p99 else None,
             tpot_spread_ms=max(tpot) - min(tpot) if tpot else None,

@@ -29,6 +29,8 @@ def make_measurement(scale: float = 1.0, *, decodes: bool = True) -> Measurement
     return Measurement(
         ttft_ms=20 * scale,
         ttft_p99_ms=40 * scale,
+        ttft_mean_ms=24 * scale,
+        ttft_engine_ms=16 * scale,
         tpot_ms=5 * scale if decodes else None,
         tpot_p99_ms=6 * scale if decodes else None,
         output_tokens_per_s=1000 / scale,

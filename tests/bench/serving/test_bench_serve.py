@@ -79,6 +79,7 @@ def test_run(tmp_path: Path) -> None:
     (row,) = results.rows
     assert (row.engine, row.repeats, row.flags) == ("sparse-bf16", 2, "--enforce-eager")
     assert row.kv_tokens == 1048576 and row.tpot_ms
+    assert 0 < row.ttft_engine_ms < row.ttft_mean_ms
     assert results.env["commit"] == "abc" and results.env["vllm"] != "none"
     served = (tmp_path / "logs" / "sparse-bf16" / "server.log").read_text()
     assert "stay packed" in served and '"reference"' in served

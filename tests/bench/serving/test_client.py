@@ -30,9 +30,11 @@ RESULT: dict[str, Any] = {
 
 
 def test_measurement() -> None:
-    assert Measurement.of(RESULT, SMOKE) == Measurement(
+    assert Measurement.of(RESULT, SMOKE, ttft_engine_ms=31.5) == Measurement(
         ttft_ms=79.78801500030386,
         ttft_p99_ms=210.86352981990785,
+        ttft_mean_ms=108.1106971241752,
+        ttft_engine_ms=31.5,
         tpot_ms=10.064220433317436,
         tpot_p99_ms=10.757013828673127,
         output_tokens_per_s=237.50074051978132,
@@ -44,7 +46,7 @@ def test_prefill_has_no_tpot() -> None:
     (prefill,) = find_workloads("prefill-2048")
     count = {"completed": 24, "total_input_tokens": 24 * 2048, "total_output_tokens": 24}
     zeros = {"median_tpot_ms": 0.0, "p99_tpot_ms": 0.0}
-    measured = Measurement.of({**RESULT, **count, **zeros}, prefill)
+    measured = Measurement.of({**RESULT, **count, **zeros}, prefill, ttft_engine_ms=None)
     assert measured.tpot_ms is None and measured.tpot_p99_ms is None
 
 
@@ -59,7 +61,7 @@ def test_prefill_has_no_tpot() -> None:
 )
 def test_measurement_refuses(change: dict[str, int], message: str) -> None:
     with pytest.raises(MeasurementError, match=message):
-        Measurement.of({**RESULT, **change}, SMOKE)
+        Measurement.of({**RESULT, **change}, SMOKE, ttft_engine_ms=None)
 
 
 def test_total_tokens_of_mixed() -> None:
