@@ -1,5 +1,6 @@
 """Tiny random models with a byte-level tokenizer, and text to train them on."""
 
+import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -128,3 +129,14 @@ def make_config(llama_dir: Path, text_file: Path, tmp_path: Path) -> Callable[..
 def tiny_models() -> dict[str, Callable[..., PreTrainedModel]]:
     """Constructors of tiny random models by name, one seed each."""
     return {"llama": tiny_llama, "gpt2": tiny_gpt2}
+
+
+@pytest.fixture
+def completions(tmp_path: Path) -> Path:
+    """Twenty pairs of prompt and completion."""
+    path = tmp_path / "pairs.jsonl"
+    rows = [
+        {"prompt": f"{n} is", "completion": " odd" if n % 2 else " even, yes"} for n in range(20)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
