@@ -4,6 +4,9 @@
     OUTPUT/NAME.run     its checkpoints, logs and plots
     OUTPUT/results.*    .json, .md; perplexity.png, final.png
 
+With --text and --zero-shot every checkpoint, and the dense model as it came, is also asked what
+cast-train evaluate asks (compare_evaluation.py).
+
 The same command again runs what is missing: finished runs are kept, an interrupted one continues.
 """
 
@@ -18,6 +21,12 @@ from typing import Any
 from rich.console import Console
 
 from cast_serve.trainer.arguments import Parser, parse
+from cast_serve.trainer.compare_evaluation import (
+    UNTOUCHED,
+    Questions,
+    evaluate_once,
+    evaluation_path,
+)
 from cast_serve.trainer.config import RunConfig
 from cast_serve.trainer.errors import RunError
 
@@ -30,10 +39,14 @@ _WITH_DECAY = ("cast", "sr-ste", "ast")
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One row of the table. `method` is as on the command line; one-shot methods train nothing."""
+    """One row of the table. `method` is as on the command line; one-shot methods train nothing.
+
+    `questions` are the same in every row.
+    """
 
     method: str
     config: RunConfig
+    questions: Questions
 
     @property
     def name(self) -> str:
@@ -74,6 +87,7 @@ def main(arguments: Sequence[str]) -> int:
         try:
             if not kept:
                 _run(job, console)
+            _ask(job)
         except RunError as error:
             # A rate that diverges is a finding about one method; the others are still wanted.
             failed.append(f"{job.name}: {error}")
@@ -81,6 +95,7 @@ def main(arguments: Sequence[str]) -> int:
         else:
             done.append(job)
         if done and (not kept or number == len(jobs)):
+            _ask_untouched(done[0])
             write_results(done, folder)
     if failed:
         raise RunError(f"{len(failed)} of {len(jobs)} runs failed; the first: {failed[0]}")
@@ -107,13 +122,14 @@ def parse_jobs(arguments: Sequence[str]) -> list[Job]:
     rates = _by_method("lr", given.lr, [m for m in methods if m not in ONE_SHOT])
     decays = _by_method("lambda", given.decay, [m for m in methods if m in _WITH_DECAY])
     seeds = _seeds(given.seeds) if given.seeds else [base.seed]
+    questions = Questions(text=tuple(given.text), zero_shot=tuple(given.zero_shot))
     jobs = []
     for method in methods:
         if method in ONE_SHOT:
-            jobs += [_job(method, base, given.output, seed=seeds[0])]
+            jobs += [_job(method, base, given.output, questions, seed=seeds[0])]
             continue
         for lr, decay, seed in product(rates[method], decays.get(method, [None]), seeds):
-            jobs.append(_job(method, base, given.output, seed=seed, lr=lr, decay=decay))
+            jobs.append(_job(method, base, given.output, questions, seed=seed, lr=lr, decay=decay))
     return jobs
 
 
@@ -139,6 +155,22 @@ def _parser() -> argparse.ArgumentParser:
         metavar="METHOD=X,...",
         help="peak learning rates; a method named several times runs with each (default: each "
         "method's own, see cast-train --help)",
+    )
+    parser.add_argument(
+        "--text",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="further columns: perplexity of each file as one text, as cast-train evaluate has it",
+    )
+    parser.add_argument(
+        "--zero-shot",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="likewise, the accuracy in each .jsonl of choices",
     )
     parser.add_argument(
         "--lambda", dest="decay", default="", metavar="METHOD=X,...", help="likewise, the decay"
@@ -192,6 +224,7 @@ def _job(
     method: str,
     base: RunConfig,
     folder: Path,
+    questions: Questions,
     *,
     seed: int,
     lr: float | None = None,
@@ -221,7 +254,7 @@ def _job(
         eval_steps=base.eval_steps or 0.1,
         output=folder / "-".join([*parts, f"seed{seed}"]),
     )
-    return Job(method=method, config=config)
+    return Job(method=method, config=config, questions=questions)
 
 
 def _check(jobs: list[Job]) -> None:
@@ -229,6 +262,7 @@ def _check(jobs: list[Job]) -> None:
     from cast_serve.trainer.run_dir import read_run
     from cast_serve.trainer.train import run
 
+    jobs[0].questions.check()
     for job in jobs:
         if (job.config.run_dir / "run.json").is_file():
             read_run(job.config)
@@ -238,10 +272,6 @@ def _check(jobs: list[Job]) -> None:
 
 
 def _run(job: Job, console: Console) -> None:
-    import gc
-
-    import torch
-
     from cast_serve.trainer.methods.untrained import prune_without_training
     from cast_serve.trainer.train import run
 
@@ -250,6 +280,28 @@ def _run(job: Job, console: Console) -> None:
         run(replace(job.config, resume=started), console)
     else:
         prune_without_training(job.config)
-    # Hooks make reference cycles of models, which would stay on the GPU.
+    _free_memory()
+
+
+def _ask(job: Job) -> None:
+    if job.questions:
+        target = evaluation_path(job.config.output.parent, job.name)
+        evaluate_once(job.questions, job.config.output, target, job.config)
+        _free_memory()
+
+
+def _ask_untouched(job: Job) -> None:
+    if job.questions:
+        target = evaluation_path(job.config.output.parent, UNTOUCHED)
+        evaluate_once(job.questions, job.config.model, target, job.config)
+        _free_memory()
+
+
+def _free_memory() -> None:
+    """Hooks make reference cycles of models, which would stay on the GPU."""
+    import gc
+
+    import torch
+
     gc.collect()
     torch.cuda.empty_cache()

@@ -1,6 +1,7 @@
 """What a comparison found: rows from the finished runs, results.json, results.md and two plots.
 
-Every number is read from what the runs wrote: cast.json of the checkpoint, and the run's log.
+Every number is read from what the runs wrote: cast.json of the checkpoint, the run's log, and the
+answers to further questions.
 """
 
 import json
@@ -11,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from cast_serve.trainer.compare import Job
+from cast_serve.trainer.compare_evaluation import UNTOUCHED, read_answers
 from cast_serve.trainer.config import RunConfig
 from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.journal import read_history
 from cast_serve.trainer.processes import takes_gpu
+
+_HEAD = ("method", "tokens", "lr", "lambda", "seed", "before the prune", "perplexity")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +32,10 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One run. `perplexity` is that of the written model; lr and lambda_ None where not used."""
+    """One run. `perplexity` is that of the written model; lr and lambda_ None where not used.
+
+    `answers` hold `text` and `zero_shot` as cast-train evaluate gives them, if they were asked for.
+    """
 
     method: str
     checkpoint: str
@@ -40,6 +47,7 @@ class Row:
     perplexity_before_prune: float | None
     perplexity: float
     curve: tuple[Point, ...]
+    answers: dict[str, Any] | None = None
 
 
 def write_results(jobs: Sequence[Job], folder: Path) -> list[Row]:
@@ -61,10 +69,16 @@ def write_results(jobs: Sequence[Job], folder: Path) -> list[Row]:
         "evaluation_tokens": evaluation["tokens"],
         "context": evaluation["context"],
     }
+    untouched = read_answers(folder, UNTOUCHED) if jobs[0].questions else None
     env = describe(torch.device("cuda", 0) if on_gpu else None)
-    found = {"env": env, "setting": setting, "rows": [asdict(row) for row in rows]}
+    found = {
+        "env": env,
+        "setting": setting,
+        "untouched": untouched,
+        "rows": [asdict(row) for row in rows],
+    }
     _write(folder / "results.json", json.dumps(found, indent=2) + "\n")
-    _write(folder / "results.md", render(rows, setting, env))
+    _write(folder / "results.md", render(rows, setting, env, untouched))
     plot_curves(rows, folder / "perplexity.png")
     plot_final(rows, folder / "final.png")
     return rows
@@ -119,11 +133,22 @@ def read_row(job: Job) -> Row:
         perplexity_before_prune=None if config.method == "dense" else before,
         perplexity=after,
         curve=tuple(curve),
+        answers=read_answers(config.output.parent, job.name) if job.questions else None,
     )
 
 
-def render(rows: Sequence[Row], setting: dict[str, Any], env: dict[str, Any]) -> str:
-    """results.md: every run, and the mean over seeds where there are several."""
+def render(
+    rows: Sequence[Row],
+    setting: dict[str, Any],
+    env: dict[str, Any],
+    untouched: dict[str, Any] | None = None,
+) -> str:
+    """results.md: every run, and the mean over seeds where there are several.
+
+    Args:
+        untouched: answers of the dense model as it came.
+    """
+    dense = ("untouched, dense", "0", "", "", "", "", _number(rows[0].perplexity_dense))
     lines = [
         f"# {setting['model']} to {setting['pattern']}, method by method",
         "",
@@ -133,20 +158,46 @@ def render(rows: Sequence[Row], setting: dict[str, Any], env: dict[str, Any]) ->
         f"{env['commit']}.",
         "",
         *_table(
-            ("method", "tokens", "lr", "lambda", "seed", "before the prune", "perplexity"),
+            (*_HEAD, *_questions(untouched)),
             [
-                ("untouched, dense", "0", "", "", "", "", _number(rows[0].perplexity_dense)),
-                *(_cells(row) for row in rows),
+                (*dense, *_answers(untouched)),
+                *((*_cells(row), *_answers(row.answers)) for row in rows),
             ],
         ),
         "",
     ]
+    if untouched:
+        lines += [
+            "The columns after it: perplexity of a file as one text, in windows of as many tokens; "
+            "and the share of questions whose right answer the model finds most likely, with its "
+            "standard error.",
+            "",
+        ]
     repeated = [_mean_cells(group) for group in _by_setting(rows) if len(group) > 1]
     if repeated:
         lines += ["Over the seeds, mean and standard deviation of the sample:", ""]
         lines += _table(("method", "lr", "lambda", "seeds", "perplexity"), repeated)
         lines.append("")
     return "\n".join(lines)
+
+
+def _questions(answers: dict[str, Any] | None) -> list[str]:
+    """The heads of `_answers`: what each file is called."""
+    if answers is None:
+        return []
+    return [Path(one["file"]).stem for one in (*answers["text"], *answers["zero_shot"])]
+
+
+def _answers(answers: dict[str, Any] | None) -> list[str]:
+    if answers is None:
+        return []
+    text = [_number(one["windows"]["perplexity"]) for one in answers["text"]]
+    choices = [_share(one["acc"], one["acc_stderr"]) for one in answers["zero_shot"]]
+    return [*text, *choices]
+
+
+def _share(value: float, error: float | None) -> str:
+    return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -1,0 +1,95 @@
+"""What cast-train compare asks of each checkpoint beside the run's own perplexity.
+
+OUTPUT/NAME.evaluation.json         found: as cast-train evaluate prints it; asked: of what
+OUTPUT/untouched.evaluation.json    of the dense model
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cast_serve.trainer.config import RunConfig
+from cast_serve.trainer.errors import RunError
+
+UNTOUCHED = "untouched"
+
+# Sequences at once: choices are short, and texts are a few hundred windows.
+_BATCH = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Questions:
+    """Files as `cast-train evaluate` takes them: --text, each as one text, and --zero-shot."""
+
+    text: tuple[Path, ...] = ()
+    zero_shot: tuple[Path, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.text or self.zero_shot)
+
+    def check(self) -> None:
+        """Refuse before hours of work what would be refused after them.
+
+        Raises:
+            RunError: a text that is no file, or a file without items.
+        """
+        from cast_serve.trainer.evaluation.choices import read_items
+
+        for path in self.text:
+            if not path.is_file():
+                raise RunError(f"text: {path} is no file")
+        for path in self.zero_shot:
+            read_items(path)
+
+
+def evaluation_path(folder: Path, name: str) -> Path:
+    """Where the answers of the checkpoint `name` of the comparison in `folder` are kept."""
+    return folder / f"{name}.evaluation.json"
+
+
+def evaluate_once(questions: Questions, model: Path, target: Path, config: RunConfig) -> None:
+    """Write to `target` what `model` answers, unless the same is there of the same files.
+
+    Weights in fp32, windows of the run's context.
+
+    Raises:
+        RunError: a text shorter than a window, or a choice longer than the model.
+    """
+    asked = _asked(questions, model, config)
+    if target.is_file() and json.loads(target.read_text(encoding="utf-8"))["asked"] == asked:
+        return
+    from cast_serve.trainer.evaluation.evaluate import Request, evaluate
+
+    found = evaluate(
+        Request(
+            model=model,
+            text=questions.text,
+            zero_shot=questions.zero_shot,
+            context=config.context,
+            device=config.device,
+            batch_size=_BATCH,
+        )
+    )
+    staging = target.with_name(f".{target.name}.partial")
+    staging.write_text(json.dumps({"asked": asked, "found": found}) + "\n", encoding="utf-8")
+    staging.replace(target)
+
+
+def read_answers(folder: Path, name: str) -> dict[str, Any]:
+    """`text` and `zero_shot` of what was found for the checkpoint `name`."""
+    content = json.loads(evaluation_path(folder, name).read_text(encoding="utf-8"))
+    return {kind: content["found"][kind] for kind in ("text", "zero_shot")}
+
+
+def _asked(questions: Questions, model: Path, config: RunConfig) -> dict[str, Any]:
+    """What the answers depend on. A checkpoint that is written anew has other times."""
+    weights = sorted(model.glob("*.safetensors"))
+    return {
+        kind: [[path.name, hashlib.sha256(path.read_bytes()).hexdigest()] for path in paths]
+        for kind, paths in (("text", questions.text), ("zero_shot", questions.zero_shot))
+    } | {
+        "context": config.context,
+        "weights": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in weights],
+    }
