@@ -132,7 +132,8 @@ class Client:
             repeat: prompts differ from one to the next, and are the same for every engine.
 
         Raises:
-            ServerError: the client ended, or took too long; with the end of its log.
+            ServerError: the client ended, or took too long; with the end of its log. Or the server
+                does not answer.
             MeasurementError: not every request was answered with the length asked for.
         """
         result = self.folder / f"{workload.name}-{repeat}.json"

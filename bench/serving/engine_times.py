@@ -6,6 +6,8 @@ from typing import Self
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from cast_serve.bench.serving.server import ServerError
+
 # vLLM's histograms; the engine takes both times, and they are observed when a request ends.
 _QUEUE = "vllm:request_queue_time_seconds"
 _PREFILL = "vllm:request_prefill_time_seconds"
@@ -25,9 +27,16 @@ class FirstTokens:
 
     @classmethod
     def read(cls, url: str) -> Self:
-        """From /metrics of the server at `url`; zeros where it keeps no statistics."""
-        with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
-            return cls.of(answer.read().decode())
+        """From /metrics of the server at `url`; zeros where it keeps no statistics.
+
+        Raises:
+            ServerError: it does not answer.
+        """
+        try:
+            with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
+                return cls.of(answer.read().decode())
+        except OSError as error:
+            raise ServerError(f"{url}/metrics does not answer: {error}") from error
 
     @classmethod
     def of(cls, metrics: str) -> Self:

@@ -1,8 +1,11 @@
 """What is read from a server's /metrics."""
 
+import socket
+
 import pytest
 
 from cast_serve.bench.serving.engine_times import FirstTokens
+from cast_serve.bench.serving.server import ServerError
 
 # Of vLLM 0.32 with two engines; labels and buckets that are not read are cut.
 METRICS = """\
@@ -38,3 +41,11 @@ def test_without_statistics() -> None:
     nothing = FirstTokens.of("python_info 1.0\n")
     assert nothing == FirstTokens(0, 0.0)
     assert nothing.mean_ms_since(nothing) is None
+
+
+def test_server_that_is_gone() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    with pytest.raises(ServerError, match=f"{url}/metrics does not answer"):
+        FirstTokens.read(url)
