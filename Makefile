@@ -40,6 +40,7 @@ lint: setup
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/typos
+	.venv/bin/python scripts/list_errors.py --check
 
 # The documentation site, into site/; a broken link fails it.
 docs: setup

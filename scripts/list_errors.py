@@ -1,5 +1,7 @@
 """Write the messages of every error into docs/troubleshooting.md: python scripts/list_errors.py
 
+With --check nothing is written, and a page that is not as it would be is exit status 1 (make lint).
+
 The page's text is written by hand. Below it stand lines such as
 
     <!-- errors: model_loaders/ cast_serve/linear.py -->
@@ -7,12 +9,12 @@ The page's text is written by hand. Below it stand lines such as
 
 and between the two goes one line for each message that those files raise, read from their source:
 what is computed at run time is `...`. A file belongs to the block that names most of its path.
-tests/docs/test_troubleshooting.py wants every file that raises a message to belong to one, and the
-page to be as this writes it.
+tests/docs/test_troubleshooting.py wants every file that raises a message to belong to one.
 """
 
 import ast
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -144,5 +146,14 @@ def render(page: str, texts: dict[str, str]) -> str:
     return BLOCK.sub(block, page)
 
 
+def main() -> None:
+    page = PAGE.read_text()
+    current = render(page, sources())
+    if "--check" not in sys.argv[1:]:
+        PAGE.write_text(current)
+    elif current != page:
+        sys.exit("docs/troubleshooting.md is not of this source: run python scripts/list_errors.py")
+
+
 if __name__ == "__main__":
-    PAGE.write_text(render(PAGE.read_text(), sources()))
+    main()
