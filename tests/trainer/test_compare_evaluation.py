@@ -82,6 +82,7 @@ def test_answers_are_those_of_evaluate(flags, text, choices, llama_dir, tmp_path
     assert len(perplexities) == 3
 
 
+@pytest.mark.slow
 def test_each_is_asked_once(flags, choices, tmp_path, evaluated):
     assert main(flags) == 0
     evaluated.clear()
