@@ -2,15 +2,12 @@
 
 import contextlib
 import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any
 
-import psutil
-
+from cast_serve.server.family import family_of, kill_family, left_running
 from cast_serve.server.parent import end_with_parent
 
 STOP_SECONDS = 60
@@ -38,39 +35,15 @@ def end(process: subprocess.Popen, seconds: float = STOP_SECONDS) -> None:
     Only then is a GPU's memory free for the next engine. Not by process group alone: the server
     that cast-serve starts has one of its own.
     """
-    family = []
     # Gone already where it failed; what it left behind is in its process group.
-    with contextlib.suppress(psutil.NoSuchProcess):
-        root = psutil.Process(process.pid)
-        family = [root, *root.children(recursive=True)]
+    family = family_of(process.pid)
     process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(seconds)
-    _wait_gone(family, 5)
-    for member in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.kill()
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    _wait_gone(family, seconds)
+    left_running(family, 5)
+    kill_family(process.pid, family)
+    left_running(family, seconds)
     process.wait()
-
-
-def _wait_gone(family: Sequence[psutil.Process], seconds: float) -> None:
-    """Return when none holds memory any more, or after `seconds`.
-
-    Not psutil.wait_procs: in a container whose first process reaps nothing, zombies stay.
-    """
-    end = time.monotonic() + seconds
-    while any(_is_alive(member) for member in family) and time.monotonic() < end:
-        time.sleep(0.05)
-
-
-def _is_alive(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def tail(log: str) -> str:

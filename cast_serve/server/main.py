@@ -6,7 +6,6 @@ answers signals with tracebacks, or not at all. The server has a session of its 
 process hears the terminal. It imports nothing of vLLM and holds about 15 MB.
 """
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -14,7 +13,7 @@ import sys
 from types import FrameType
 from typing import NoReturn
 
-import psutil
+from cast_serve.server.family import family_of, kill_family
 
 # The number of a pipe into which serve.py writes a byte once it serves.
 READY_FD = "CAST_SERVE_READY_FD"
@@ -81,19 +80,8 @@ def _is_serving(reader: int) -> bool:
 
 
 def end_now(server: int) -> NoReturn:
-    """Exit with status 0 and take every process of the server along.
-
-    Its group dies in one call, whatever is being forked meanwhile. Few have left that group; they
-    are those that are looked up, and may be gone when their turn comes.
-    """
-    try:
-        family = psutil.Process(server).children(recursive=True)
-        os.killpg(server, signal.SIGKILL)
-    except (psutil.NoSuchProcess, ProcessLookupError):
-        os._exit(0)
-    for member in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.kill()
+    """Exit with status 0 and take every process of the server along."""
+    kill_family(server, family_of(server))
     os._exit(0)
 
 

@@ -12,8 +12,9 @@ import httpx
 import openai
 import psutil
 import pytest
-from processes import left_running
 from server_process import Server
+
+from cast_serve.server.family import left_running
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 

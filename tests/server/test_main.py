@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 import psutil
 import pytest
-from processes import left_running
+
+from cast_serve.server.family import left_running
 
 # A server with two children that stay, one in a session of its own, and others that come and go, as
 # the compilers and the lscpu of an engine that starts: such a one may end between being found and

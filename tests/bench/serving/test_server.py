@@ -7,10 +7,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from processes import left_running
 
 from cast_serve.bench.serving.process import end
 from cast_serve.bench.serving.server import Server, ServerError, Startup
+from cast_serve.server.family import left_running
 
 # vLLM 0.32's CPU build, as logged; it does not say what the weights take.
 CPU_LOG = """\
