@@ -21,12 +21,7 @@ from typing import Any
 from rich.console import Console
 
 from cast_serve.trainer.arguments import Parser, parse
-from cast_serve.trainer.compare_evaluation import (
-    UNTOUCHED,
-    Questions,
-    evaluate_once,
-    evaluation_path,
-)
+from cast_serve.trainer.compare_evaluation import UNTOUCHED, Questions, evaluate_once
 from cast_serve.trainer.config import RunConfig
 from cast_serve.trainer.errors import RunError
 
@@ -87,7 +82,7 @@ def main(arguments: Sequence[str]) -> int:
         try:
             if not kept:
                 _run(job, console)
-            _ask(job)
+            _ask(job, job.config.output, job.name)
         except RunError as error:
             # A rate that diverges is a finding about one method; the others are still wanted.
             failed.append(f"{job.name}: {error}")
@@ -95,7 +90,7 @@ def main(arguments: Sequence[str]) -> int:
         else:
             done.append(job)
         if done and (not kept or number == len(jobs)):
-            _ask_untouched(done[0])
+            _ask(done[0], done[0].config.model, UNTOUCHED)
             write_results(done, folder)
     if failed:
         raise RunError(f"{len(failed)} of {len(jobs)} runs failed; the first: {failed[0]}")
@@ -283,17 +278,9 @@ def _run(job: Job, console: Console) -> None:
     _free_memory()
 
 
-def _ask(job: Job) -> None:
+def _ask(job: Job, model: Path, name: str) -> None:
     if job.questions:
-        target = evaluation_path(job.config.output.parent, job.name)
-        evaluate_once(job.questions, job.config.output, target, job.config)
-        _free_memory()
-
-
-def _ask_untouched(job: Job) -> None:
-    if job.questions:
-        target = evaluation_path(job.config.output.parent, UNTOUCHED)
-        evaluate_once(job.questions, job.config.model, target, job.config)
+        evaluate_once(job.questions, model, name, job.config)
         _free_memory()
 
 

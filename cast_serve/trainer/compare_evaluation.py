@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cast_serve.kernels.user_cache import write_whole
 from cast_serve.trainer.config import RunConfig
 from cast_serve.trainer.errors import RunError
 
@@ -44,19 +45,15 @@ class Questions:
             read_items(path)
 
 
-def evaluation_path(folder: Path, name: str) -> Path:
-    """Where the answers of the checkpoint `name` of the comparison in `folder` are kept."""
-    return folder / f"{name}.evaluation.json"
-
-
-def evaluate_once(questions: Questions, model: Path, target: Path, config: RunConfig) -> None:
-    """Write to `target` what `model` answers, unless the same is there of the same files.
+def evaluate_once(questions: Questions, model: Path, name: str, config: RunConfig) -> None:
+    """Keep beside the run's output, as `name`, what `model` answers; once of the same files.
 
     Weights in fp32, windows of the run's context.
 
     Raises:
         RunError: a text shorter than a window, or a choice longer than the model.
     """
+    target = _path(config.output.parent, name)
     asked = _asked(questions, model, config)
     if target.is_file() and json.loads(target.read_text(encoding="utf-8"))["asked"] == asked:
         return
@@ -72,15 +69,17 @@ def evaluate_once(questions: Questions, model: Path, target: Path, config: RunCo
             batch_size=_BATCH,
         )
     )
-    staging = target.with_name(f".{target.name}.partial")
-    staging.write_text(json.dumps({"asked": asked, "found": found}) + "\n", encoding="utf-8")
-    staging.replace(target)
+    write_whole(target, (json.dumps({"asked": asked, "found": found}) + "\n").encode())
 
 
 def read_answers(folder: Path, name: str) -> dict[str, Any]:
-    """`text` and `zero_shot` of what was found for the checkpoint `name`."""
-    content = json.loads(evaluation_path(folder, name).read_text(encoding="utf-8"))
+    """`text` and `zero_shot` of what was found for `name` of the comparison in `folder`."""
+    content = json.loads(_path(folder, name).read_text(encoding="utf-8"))
     return {kind: content["found"][kind] for kind in ("text", "zero_shot")}
+
+
+def _path(folder: Path, name: str) -> Path:
+    return folder / f"{name}.evaluation.json"
 
 
 def _asked(questions: Questions, model: Path, config: RunConfig) -> dict[str, Any]:
