@@ -9,7 +9,8 @@ The page's text is written by hand. Below it stand lines such as
 
 and between the two goes one line for each message that those files raise, read from their source:
 what is computed at run time is `...`. A file belongs to the block that names most of its path.
-tests/docs/test_troubleshooting.py wants every file that raises a message to belong to one.
+tests/docs/test_troubleshooting.py wants every file that raises a message to belong to one, and the
+page to be as this writes it.
 """
 
 import ast

@@ -42,6 +42,11 @@ PASSED_ON = {
 }
 
 
+def test_page_is_as_written_from_the_source():
+    current = list_errors.render(PAGE, SOURCES)
+    assert current == PAGE, "python scripts/list_errors.py"
+
+
 def test_every_file_that_raises_belongs_to_a_section():
     paths = list_errors.paths_of(PAGE)
     assert len(paths) == len(set(paths))
