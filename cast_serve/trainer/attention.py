@@ -2,7 +2,8 @@
 
 transformers finds packed documents by a look at the positions of every batch, on the host. While a
 CUDA graph is recorded it cannot look, takes all batches for packed and makes a mask of all pairs of
-tokens: a slower attention, and not the one that torch.compile has seen before.
+tokens: a slower attention, and not the one that torch.compile has seen before. Up to 5.17 it makes
+one of every batch then.
 """
 
 from typing import Any
@@ -29,8 +30,9 @@ def attend_to_whole_blocks(model: PreTrainedModel) -> None:
 
 
 def _mask(*args: Any, **options: Any) -> torch.Tensor | None:
-    # Without functions of the model's own (use_vmap), only documents forbid it to leave a causal
-    # mask to SDPA.
-    if not options.get("use_vmap"):
-        options["allow_is_causal_skip"] = True
+    """None where a block needs no more than causality, which SDPA has of its own."""
+    needs = options.get("use_vmap") or options.get("attention_mask") is not None
+    length, window = options["kv_length"], options.get("local_size")
+    if not needs and options["q_length"] == length and (window is None or length < window):
+        return None
     return sdpa_mask(*args, **options)
