@@ -62,7 +62,9 @@ class Row:
         gradient_ms, teacher_ms, clip_ms, optimizer_ms: of the parts; the teacher's forward pass is
             part of the gradient.
         mfu: share of the GPU's peak; 0 where that is not known.
-        peak_gib: most memory allocated in a step; estimated_gib what capacity.py says.
+        peak_gib: most memory allocated in a step, the first ones and the recording of the graph
+            included, because a replay allocates nothing; None on a CPU, or not known.
+        estimated_gib: what capacity.py says.
         kernels: milliseconds of a step by kernel, the longest ones.
     """
 
@@ -77,7 +79,7 @@ class Row:
     optimizer_ms: float
     tokens_per_s: float
     mfu: float
-    peak_gib: float
+    peak_gib: float | None
     estimated_gib: float
     kernels: dict[str, float]
     run: str
@@ -164,12 +166,14 @@ def measure(
     torch.manual_seed(0)
     training = _Step(decoder, config, device)
     clock = _Clock(device)
-    for _ in range(WARM_UP):
-        training.run()
+    # The first step compiles, which takes memory of its own.
+    training.run()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
+    for _ in range(WARM_UP):
+        training.run()
     whole = statistics.median(clock.ms(training.run) for _ in range(steps))
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
     parts: dict[str, list[float]] = {"gradient": [], "clip": [], "optimizer": []}
     for _ in range(steps):
         parts["gradient"].append(clock.ms(training.gradient))
@@ -197,7 +201,7 @@ def measure(
         optimizer_ms=medians["optimizer"],
         tokens_per_s=rate,
         mfu=rate * flops / known_gpu.flops if known_gpu else 0.0,
-        peak_gib=peak / 2**30,
+        peak_gib=peak,
         estimated_gib=sum(estimated.gpu.values()) / 2**30,
         kernels=_profile(training.run) if device.type == "cuda" else {},
         run=env["run"],
@@ -323,7 +327,7 @@ def show(rows: Sequence[Row]) -> Table:
             f"{row.optimizer_ms:.1f}",
             f"{row.tokens_per_s:,.0f}",
             f"{row.mfu:.1%}" if row.mfu else "",
-            f"{row.peak_gib:.1f}",
+            "" if row.peak_gib is None else f"{row.peak_gib:.1f}",
             f"{row.estimated_gib:.1f}",
         )
     return table

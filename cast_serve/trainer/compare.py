@@ -275,20 +275,25 @@ def _run(job: Job, console: Console) -> None:
         run(replace(job.config, resume=started), console)
     else:
         prune_without_training(job.config)
-    _free_memory()
+    _forget_model()
 
 
 def _ask(job: Job, model: Path, name: str) -> None:
     if job.questions:
         evaluate_once(job.questions, model, name, job.config)
-        _free_memory()
+        _forget_model()
 
 
-def _free_memory() -> None:
-    """Hooks make reference cycles of models, which would stay on the GPU."""
+def _forget_model() -> None:
+    """Leave nothing of a model to the next one.
+
+    Hooks make reference cycles, which would stay on the GPU. And torch.compile takes a model of the
+    same classes for the same code, whose recompilations it counts: the third would run uncompiled.
+    """
     import gc
 
     import torch
 
     gc.collect()
     torch.cuda.empty_cache()
+    torch.compiler.reset()
