@@ -1,15 +1,16 @@
 """Result files to Markdown and PNG, and the tables of README.md and kernels/README.md. No GPU.
 
-python -m bench.render                       every linear-*.json and serve-*.json of bench/results
+python -m bench.render                       every linear-, serve- and train-*.json of bench/results
 python -m bench.render FILE.json ...         these
 
-What serve-*.json becomes is in bench/serving/render.py.
+What serve-*.json becomes is in bench/serving/render.py, train-*.json in bench/training_render.py.
 """
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from cast_serve.bench import training_render
 from cast_serve.bench.linear_results import Results, Row, load, totals
 from cast_serve.bench.markdown import replace_between, table
 from cast_serve.bench.paths import RESULTS, ROOT
@@ -34,17 +35,25 @@ def main() -> None:
         description="Render result files to Markdown and PNG, and update both READMEs.",
     )
     parser.add_argument("files", nargs="*", type=Path, help="default: those of bench/results")
-    linear, served = (sorted(RESULTS.glob(f"{name}-*.json")) for name in ("linear", "serve"))
-    files = parser.parse_args().files or [*linear, *served]
+    linear, served, trained = (
+        sorted(RESULTS.glob(f"{name}-*.json")) for name in ("linear", "serve", "train")
+    )
+    files = parser.parse_args().files or [*linear, *served, *trained]
     if not files:
         parser.error(f"no result file in {RESULTS}; `make bench` on a GPU writes one")
     for file in files:
-        rendered = serving.render(file) if file.name.startswith("serve-") else render(file)
-        print(*rendered, sep="\n")
+        print(*_renderer(file)(file), sep="\n")
     update_readme(README, headline_table(linear))
     serving.update_readme(README, served)
+    training_render.update_readme(README, trained)
     update_readme(KERNELS_README, kernel_table(linear))
     print(README, KERNELS_README, sep="\n")
+
+
+def _renderer(file: Path) -> Callable[[Path], list[Path]]:
+    if file.name.startswith("serve-"):
+        return serving.render
+    return training_render.render if file.name.startswith("train-") else render
 
 
 def render(file: Path) -> list[Path]:

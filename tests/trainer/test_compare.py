@@ -60,6 +60,15 @@ def written_perplexity(folder, llama_dir, eval_file):
 
 
 @pytest.mark.slow
+def test_every_run_is_compiled(flags, caplog):
+    """torch.compile gives up on code that it compiled eight times, and says so in a warning."""
+    methods = ["--methods", "dense,fixed-mask,sr-ste", "--lr", "", "--lambda", ""]
+    tokens = ["--tokens", str(2 * BATCH * CONTEXT)]
+    assert main([*flags, *methods, *tokens, "--compile", "--eval-steps", "1"]) == 0
+    assert "recompile_limit" not in caplog.text
+
+
+@pytest.mark.slow
 def test_compare_interrupted_and_run_again(flags, llama_dir, eval_file, tmp_path, monkeypatch):
     folder = tmp_path / "out"
     straight = ["--methods", "sr-ste", "--lr", "sr-ste=1e-3", "--lambda", ""]
