@@ -9,11 +9,21 @@ import math
 import torch
 from torch.distributed.tensor import DTensor
 
+from cast_serve.trainer.config import RunConfig
 from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.gradient import Gradient
 from cast_serve.trainer.layers import scaled_layers
 
 _STEPS = 8
+
+
+def require_lambda(config: RunConfig) -> None:
+    """Raise RunError where lambda is to be measured and there is no gradient to measure it by."""
+    if config.eta == 1 and config.lambda_ is None and config.method == "cast":
+        raise RunError(
+            "lambda: must be given with eta=1, because a student that equals its teacher "
+            "has no gradient to measure it by"
+        )
 
 
 def measure_lambda(gradient: Gradient) -> float:

@@ -4,6 +4,9 @@
     OUTPUT/NAME.run     its checkpoints, logs and plots
     OUTPUT/results.*    .json, .md; perplexity.png, final.png
 
+With --vary each method also runs with other values of a flag, one flag at a time: a sweep, which
+OUTPUT/varied.png shows (compare_vary.py).
+
 With --text and --zero-shot every checkpoint, and the dense model as it came, is also asked what
 cast-train evaluate asks (compare_evaluation.py).
 
@@ -22,6 +25,7 @@ from rich.console import Console
 
 from cast_serve.trainer.arguments import Parser, parse
 from cast_serve.trainer.compare_evaluation import UNTOUCHED, Questions, evaluate_once
+from cast_serve.trainer.compare_vary import Variation, parse_variations
 from cast_serve.trainer.config import RunConfig
 from cast_serve.trainer.errors import RunError
 
@@ -36,12 +40,13 @@ _WITH_DECAY = ("cast", "sr-ste", "ast")
 class Job:
     """One row of the table. `method` is as on the command line; one-shot methods train nothing.
 
-    `questions` are the same in every row.
+    `questions` are the same in every row; `variation` is what it has otherwise than the others.
     """
 
     method: str
     config: RunConfig
     questions: Questions
+    variation: Variation | None = None
 
     @property
     def name(self) -> str:
@@ -112,9 +117,14 @@ def parse_jobs(arguments: Sequence[str]) -> list[Job]:
             raise RunError(f"methods: {method!r} is none; known: {', '.join(METHODS)}")
     if len(set(methods)) < len(methods):
         raise RunError("methods: one is named twice")
-    base = parse([*rest, "--output", str(given.output / "run")])
+    rest += ["--output", str(given.output / "run")]
+    base = parse(rest)
     _refuse_what_differs(base)
-    rates = _by_method("lr", given.lr, [m for m in methods if m not in ONE_SHOT])
+    trained = [method for method in methods if method not in ONE_SHOT]
+    bases: dict[Variation | None, RunConfig] = {None: base}
+    for varied in parse_variations(given.vary, trained):
+        bases[varied] = parse([*rest, *varied.flags])
+    rates = _by_method("lr", given.lr, trained)
     decays = _by_method("lambda", given.decay, [m for m in methods if m in _WITH_DECAY])
     seeds = _seeds(given.seeds) if given.seeds else [base.seed]
     questions = Questions(text=tuple(given.text), zero_shot=tuple(given.zero_shot))
@@ -123,8 +133,20 @@ def parse_jobs(arguments: Sequence[str]) -> list[Job]:
         if method in ONE_SHOT:
             jobs += [_job(method, base, given.output, questions, seed=seeds[0])]
             continue
-        for lr, decay, seed in product(rates[method], decays.get(method, [None]), seeds):
-            jobs.append(_job(method, base, given.output, questions, seed=seed, lr=lr, decay=decay))
+        for variation, lr, decay, seed in product(
+            bases, rates[method], decays.get(method, [None]), seeds
+        ):
+            job = _job(
+                method,
+                bases[variation],
+                given.output,
+                questions,
+                seed=seed,
+                lr=lr,
+                decay=decay,
+                variation=variation,
+            )
+            jobs.append(job)
     return jobs
 
 
@@ -150,6 +172,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="METHOD=X,...",
         help="peak learning rates; a method named several times runs with each (default: each "
         "method's own, see cast-train --help)",
+    )
+    parser.add_argument(
+        "--vary",
+        nargs="+",
+        default=[],
+        metavar="KEY=X,X",
+        help="other values of a flag, such as eta=0.3,0.9: each a further run of every method that "
+        "is trained, all other flags as given",
     )
     parser.add_argument(
         "--text",
@@ -224,6 +254,7 @@ def _job(
     seed: int,
     lr: float | None = None,
     decay: float | None = None,
+    variation: Variation | None = None,
 ) -> Job:
     # Any: mypy does not see that the parts of METHODS are those that RunConfig knows.
     trained: Any
@@ -235,6 +266,7 @@ def _job(
     parts = [f"oneshot-{method}" if method in ONE_SHOT else method.replace(":", "-")]
     parts += [f"lr{lr:g}"] if lr is not None else []
     parts += [f"lambda{decay:g}"] if decay is not None else []
+    parts += [variation.name] if variation is not None else []
     config = replace(
         base,
         method=trained,
@@ -249,7 +281,7 @@ def _job(
         eval_steps=base.eval_steps or 0.1,
         output=folder / "-".join([*parts, f"seed{seed}"]),
     )
-    return Job(method=method, config=config, questions=questions)
+    return Job(method=method, config=config, questions=questions, variation=variation)
 
 
 def _check(jobs: list[Job]) -> None:

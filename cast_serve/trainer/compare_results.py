@@ -1,4 +1,4 @@
-"""What a comparison found: rows from the finished runs, results.json, results.md and two plots.
+"""What a comparison found: rows from the finished runs, results.json and results.md.
 
 Every number is read from what the runs wrote: cast.json of the checkpoint, the run's log, and the
 answers to further questions.
@@ -7,7 +7,7 @@ answers to further questions.
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ class Row:
     """One run. `perplexity` is that of the written model; lr and lambda_ None where not used.
 
     `answers` hold `text` and `zero_shot` as cast-train evaluate gives them, if they were asked for.
+    `varied` is the flag with another value than the rest has, by its key; empty in the others.
+    `usual` is the checkpoint of the run without it, and its own in the others.
     """
 
     method: str
@@ -48,13 +50,21 @@ class Row:
     perplexity: float
     curve: tuple[Point, ...]
     answers: dict[str, Any] | None = None
+    varied: dict[str, Any] = field(default_factory=dict)
+    usual: str = ""
+
+    @property
+    def otherwise(self) -> str:
+        """`varied` in words."""
+        return ", ".join(f"{key} {value:.4g}" for key, value in self.varied.items())
 
 
 def write_results(jobs: Sequence[Job], folder: Path) -> list[Row]:
-    """Write results.json, results.md, perplexity.png and final.png of finished `jobs`."""
+    """Write results.json, results.md and the plots (compare_plots.py) of finished `jobs`."""
     import torch
 
     from cast_serve.bench.environment import describe
+    from cast_serve.trainer.compare_plots import write_plots
 
     _require_same_text(jobs)
     rows = [read_row(job) for job in jobs]
@@ -68,6 +78,7 @@ def write_results(jobs: Sequence[Job], folder: Path) -> list[Row]:
         "evaluated_on": evaluation["on"],
         "evaluation_tokens": evaluation["tokens"],
         "context": evaluation["context"],
+        **_given(jobs),
     }
     untouched = read_answers(folder, UNTOUCHED) if jobs[0].questions else None
     env = describe(torch.device("cuda", 0) if on_gpu else None)
@@ -79,9 +90,17 @@ def write_results(jobs: Sequence[Job], folder: Path) -> list[Row]:
     }
     _write(folder / "results.json", json.dumps(found, indent=2) + "\n")
     _write(folder / "results.md", render(rows, setting, env, untouched))
-    plot_curves(rows, folder / "perplexity.png")
-    plot_final(rows, folder / "final.png")
+    write_plots(rows, setting.get("given", {}), folder)
     return rows
+
+
+def _given(jobs: Sequence[Job]) -> dict[str, Any]:
+    """What the flags that --vary names are where they are not varied; nothing without it."""
+    keys = dict.fromkeys(job.variation.key for job in jobs if job.variation is not None)
+    usual = next((job.config for job in jobs if job.trains and job.variation is None), None)
+    if not keys or usual is None:
+        return {}
+    return {"given": {key: getattr(usual, key) for key in keys}}
 
 
 def _require_same_text(jobs: Sequence[Job]) -> None:
@@ -134,7 +153,18 @@ def read_row(job: Job) -> Row:
         perplexity=after,
         curve=tuple(curve),
         answers=read_answers(config.output.parent, job.name) if job.questions else None,
+        **_variation(job),
     )
+
+
+def _variation(job: Job) -> dict[str, Any]:
+    if job.variation is None:
+        return {"usual": job.name}
+    key = job.variation.key
+    return {
+        "varied": {key: getattr(job.config, key)},
+        "usual": job.name.replace(f"-{job.variation.name}-", "-"),
+    }
 
 
 def render(
@@ -148,7 +178,11 @@ def render(
     Args:
         untouched: answers of the dense model as it came.
     """
-    dense = ("untouched, dense", "0", "", "", "", "", _number(rows[0].perplexity_dense))
+    varies = any(row.varied for row in rows)
+    head = (*_HEAD[:1], "otherwise", *_HEAD[1:]) if varies else _HEAD
+    dense = ["untouched, dense", "0", "", "", "", "", number(rows[0].perplexity_dense)]
+    if varies:
+        dense.insert(1, "")
     lines = [
         f"# {setting['model']} to {setting['pattern']}, method by method",
         "",
@@ -158,10 +192,10 @@ def render(
         f"{env['commit']}.",
         "",
         *_table(
-            (*_HEAD, *_questions(untouched)),
+            (*head, *_questions(untouched)),
             [
                 (*dense, *_answers(untouched)),
-                *((*_cells(row), *_answers(row.answers)) for row in rows),
+                *((*_cells(row, varies=varies), *_answers(row.answers)) for row in rows),
             ],
         ),
         "",
@@ -191,7 +225,7 @@ def _questions(answers: dict[str, Any] | None) -> list[str]:
 def _answers(answers: dict[str, Any] | None) -> list[str]:
     if answers is None:
         return []
-    text = [_number(one["windows"]["perplexity"]) for one in answers["text"]]
+    text = [number(one["windows"]["perplexity"]) for one in answers["text"]]
     choices = [_share(one["acc"], one["acc_stderr"]) for one in answers["zero_shot"]]
     return [*text, *choices]
 
@@ -200,9 +234,10 @@ def _share(value: float, error: float | None) -> str:
     return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"
 
 
-def _cells(row: Row) -> tuple[str, ...]:
-    before, after = _number(row.perplexity_before_prune), _number(row.perplexity)
-    return (row.method, f"{row.tokens:,}", *_setting(row), str(row.seed), before, after)
+def _cells(row: Row, *, varies: bool) -> tuple[str, ...]:
+    name = (row.method, row.otherwise) if varies else (row.method,)
+    before, after = number(row.perplexity_before_prune), number(row.perplexity)
+    return (*name, f"{row.tokens:,}", *_setting(row), str(row.seed), before, after)
 
 
 def _mean_cells(group: Sequence[Row]) -> tuple[str, ...]:
@@ -214,85 +249,12 @@ def _mean_cells(group: Sequence[Row]) -> tuple[str, ...]:
         cells[0] if len(set(cells)) == 1 else "each its own"
         for cells in zip(*map(_setting, group), strict=True)
     ]
-    return (group[0].method, *settings, str(len(group)), found)
+    name = ", ".join(filter(None, (group[0].method, group[0].otherwise)))
+    return (name, *settings, str(len(group)), found)
 
 
 def _setting(row: Row) -> tuple[str, str]:
     return (f"{row.lr:.3g}" if row.lr else "", f"{row.lambda_:.3g}" if row.lambda_ else "")
-
-
-def plot_curves(rows: Sequence[Row], path: Path) -> None:
-    """Perplexity against tokens: solid as pruned then, dashed as it trains where that differs."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    axes.axhline(rows[0].perplexity_dense, color="grey", lw=1, ls=":", label="untouched, dense")
-    colours = _colours(rows)
-    for row in rows:
-        label, colour = _label(row, rows), colours[row.method]
-        peers = [peer for peer in rows if peer.method == row.method]
-        marker = "os^vPX*"[peers.index(row) % 7]
-        if not row.curve:
-            axes.plot([0], [row.perplexity], "D", color=colour, label=label, clip_on=False)
-            continue
-        tokens = [point.tokens for point in row.curve]
-        trained = [point.perplexity for point in row.curve]
-        pruned = [p.perplexity if p.pruned is None else p.pruned for p in row.curve]
-        axes.plot(tokens, pruned, marker=marker, ms=4, color=colour, label=label)
-        if any(abs(a / b - 1) > 0.005 for a, b in zip(trained, pruned, strict=True)):
-            axes.plot(tokens, trained, ls="--", lw=1, color=colour)
-    axes.set_yscale("log")
-    axes.set(
-        xlabel="training tokens",
-        ylabel="perplexity",
-        title="Perplexity as pruned at that point (dashed: before the prune)",
-    )
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
-
-
-def plot_final(rows: Sequence[Row], path: Path) -> None:
-    """Bars of the perplexity of the written models; logarithmic where they differ by 10 times."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 1 + 0.4 * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    colours, values = _colours(rows), [row.perplexity for row in rows]
-    bars = axes.barh(range(len(rows)), values, color=[colours[row.method] for row in rows])
-    axes.bar_label(bars, [_number(value) for value in values], padding=3, fontsize=8)
-    axes.axvline(rows[0].perplexity_dense, color="grey", lw=1, ls=":", label="untouched, dense")
-    if max(values) > 10 * min(values):
-        axes.set_xscale("log")
-    axes.set_yticks(range(len(rows)), [_label(row, rows) for row in rows])
-    axes.invert_yaxis()
-    axes.margins(x=0.15)
-    axes.set(xlabel="perplexity", title="Perplexity of the written models")
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
-
-
-def _label(row: Row, rows: Sequence[Row]) -> str:
-    """The method, and what tells its row from others of the same method."""
-    peers = [other for other in rows if other.method == row.method]
-    parts = [row.method]
-    if len({peer.lr for peer in peers}) > 1:
-        parts.append(f"lr {row.lr:.2g}")
-    if len({peer.lambda_ for peer in peers}) > 1:
-        parts.append(f"lambda {row.lambda_:.2g}")
-    if len({peer.seed for peer in peers}) > 1:
-        parts.append(f"seed {row.seed}")
-    return ", ".join(parts)
-
-
-def _colours(rows: Sequence[Row]) -> dict[str, str]:
-    """One colour a method, so that seeds and rates of a method belong together."""
-    return {m: f"C{place}" for place, m in enumerate(dict.fromkeys(row.method for row in rows))}
 
 
 def _by_setting(rows: Sequence[Row]) -> list[list[Row]]:
@@ -309,7 +271,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (head, rule, *rows)]
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:.3f}" if value < 1000 else f"{value:.3g}"

@@ -343,11 +343,6 @@ class RunConfig:
             )
         if self.teacher == "cached" and self.parallel == "fsdp":
             raise RunError("teacher: cached needs parallel=ddp; use offload with fsdp")
-        if self.eta == 1 and self.lambda_ is None and self.method == "cast":
-            raise RunError(
-                "lambda: must be given with eta=1, because a student that equals its teacher "
-                "has no gradient to measure it by"
-            )
 
     def _check_graph(self) -> None:
         """Refuse what cannot be recorded as a CUDA graph."""

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from cast_serve.trainer import checkpoint
+from cast_serve.trainer.calibrate import require_lambda
 from cast_serve.trainer.config import RunConfig
 from cast_serve.trainer.data import BlockStream, Corpus, hub_commits, load_corpus
 from cast_serve.trainer.data.packing import require_document_attention
@@ -59,6 +60,7 @@ def run(config: RunConfig, console: Console) -> None:
 
 def _run(config: RunConfig, console: Console, processes: Processes) -> None:
     processes.on_first(lambda: check_folders(config))
+    require_lambda(config)
     if config.offload and processes.count == 1:
         raise RunError("offload: needs several processes; start them with torchrun")
     if config.cuda_graph and (processes.count > 1 or processes.device.type != "cuda"):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from cast_serve.trainer import compare
 from cast_serve.trainer.compare import METHODS, parse_jobs
+from cast_serve.trainer.compare_plots import lines_of
 from cast_serve.trainer.compare_results import Point, Row, render
 from cast_serve.trainer.data import load_corpus
 from cast_serve.trainer.data_source import DataSource
@@ -203,6 +205,50 @@ def test_jobs_of_rates_and_seeds():
     assert found[1].config.initial_mask == "wanda"
 
 
+def test_jobs_that_vary():
+    methods = ["--methods", "magnitude,cast", "--lambda", "cast=1e-5"]
+    found = jobs(*methods, "--vary", "eta=0,1", "warmup=0.5", "--warmup", "0.1")
+    assert [job.name for job in found] == [
+        "oneshot-magnitude-seed0",
+        "cast-lambda1e-05-seed0",
+        "cast-lambda1e-05-eta0-seed0",
+        "cast-lambda1e-05-eta1-seed0",
+        "cast-lambda1e-05-warmup0.5-seed0",
+    ]
+    settings = [(job.config.eta, job.config.warmup) for job in found[1:]]
+    assert settings == [(1 / 3, 0.1), (0.0, 0.1), (1.0, 0.1), (1 / 3, 0.5)]
+
+
+@pytest.mark.slow
+def test_compare_varies_one_flag_at_a_time(flags, tmp_path):
+    methods = ["--methods", "magnitude,cast", "--lr", "cast=2e-3", "--tokens", "512"]
+    assert main([*flags, *methods, "--vary", "tokens=256", "masked-rate=1,16"]) == 0
+    folder = tmp_path / "out"
+    found = json.loads((folder / "results.json").read_text())
+    assert found["setting"]["given"] == {"tokens": 512, "masked_rate": 1.0}
+    rows = [Row(**row) for row in found["rows"]]
+    assert [(row.otherwise, row.tokens) for row in rows] == [
+        ("", 0),
+        ("", 512),
+        ("tokens 256", 256),
+        ("masked_rate 1", 512),
+        ("masked_rate 16", 512),
+    ]
+    _, usual, shorter, same, faster = (row.perplexity for row in rows)
+    assert same == usual != faster
+    name = "cast-lr0.002-lambda0.0001-seed0"
+    assert lines_of(rows_with_points(rows), "tokens", 512) == {name: [(256, shorter), (512, usual)]}
+    text = (folder / "results.md").read_text()
+    assert "| method | otherwise | tokens |" in text
+    assert "| cast | masked_rate 16 | 512 | 0.002 | 0.0001 | 0 |" in text
+    assert (folder / "varied.png").read_bytes().startswith(b"\x89PNG")
+
+
+def rows_with_points(rows):
+    """JSON has dictionaries for the points of a curve."""
+    return [replace(row, curve=tuple(Point(**point) for point in row.curve)) for row in rows]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -219,6 +265,16 @@ def test_jobs_of_rates_and_seeds():
         (["--resume"], "resume: it differs from run to run; leave it out"),
         (["--dry-run"], "dry_run: it differs from run to run"),
         (["--batch", "4"], "unrecognized arguments: --batch"),
+        (["--vary", "eta"], "vary: 'eta' gives no values; write --vary eta=VALUE,VALUE"),
+        (["--vary", "seed=1"], "vary: 'seed' cannot be varied; known: eta, temperature, scaling_"),
+        (["--vary", "context=8"], "vary: 'context' cannot be varied"),
+        (["--vary", "eta=2"], "eta: 2.0 is out of range"),
+        (["--vary", "eta=0.5,0.5"], "vary: a value is given twice"),
+        (["--vary", "steps=5"], "tokens: steps is given too"),
+        (
+            ["--vary", "masked-rate=4"],
+            "vary: masked_rate is of cast alone, not of dense, fixed-mask",
+        ),
     ],
 )
 def test_flags_that_are_refused(given, message):

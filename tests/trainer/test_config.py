@@ -94,7 +94,6 @@ def test_identity_ignores_what_may_change_on_resume():
         ("pattern: '4:2'\n", "pattern: '4:2' is no N:M pattern"),
         ("pattern: two of four\n", "pattern: 'two of four' is no N:M pattern"),
         ("eta: 1.1\n", "eta: 1.1 is out of range; it must be from 0 to 1"),
-        ("eta: 1\n", "lambda: must be given with eta=1"),
         ("lambda: -1\n", "lambda: -1.0 is out of range"),
         ("warmup: 1\n", "warmup: 1.0 is out of range"),
         ("decay_ramp: 0\n", "decay_ramp: 0.0 is out of range; it must be above 0 and at most 1"),

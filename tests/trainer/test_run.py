@@ -196,6 +196,11 @@ def test_lambda_is_measured_and_kept(make_config):
     assert json.loads((config.output / "cast.json").read_text())["lambda"] == fixed["lambda_"]
 
 
+def test_lambda_cannot_be_measured_by_the_teacher_alone(make_config):
+    with pytest.raises(RunError, match="lambda: must be given with eta=1"):
+        run(make_config(lambda_=None, eta=1.0))
+
+
 def test_bf16_compute_keeps_fp32_master_weights(trained, make_config):
     _, exact = trained
     weights = run(make_config(allow_short_travel=True, compute="bf16"))

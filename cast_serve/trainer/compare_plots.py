@@ -1,0 +1,137 @@
+"""The plots of a comparison.
+
+perplexity.png   perplexity against tokens
+final.png        of the written models, as bars
+varied.png       with --vary: what each value of a flag gave, a panel a flag
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cast_serve.trainer.compare_results import Row, number
+
+
+def write_plots(rows: Sequence[Row], given: Mapping[str, Any], folder: Path) -> None:
+    """Write those that `rows` have something for.
+
+    Args:
+        given: what the flags that were varied are in the other runs, by key.
+    """
+    plot_curves(rows, folder / "perplexity.png")
+    plot_final(rows, folder / "final.png")
+    if given:
+        plot_varied(rows, given, folder / "varied.png")
+
+
+def plot_curves(rows: Sequence[Row], path: Path) -> None:
+    """Perplexity against tokens: solid as pruned then, dashed as it trains where that differs."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.axhline(rows[0].perplexity_dense, color="grey", lw=1, ls=":", label="untouched, dense")
+    colours = _colours(rows)
+    for row in rows:
+        label, colour = _label(row, rows), colours[row.method]
+        peers = [peer for peer in rows if peer.method == row.method]
+        marker = "os^vPX*"[peers.index(row) % 7]
+        if not row.curve:
+            axes.plot([0], [row.perplexity], "D", color=colour, label=label, clip_on=False)
+            continue
+        tokens = [point.tokens for point in row.curve]
+        trained = [point.perplexity for point in row.curve]
+        pruned = [p.perplexity if p.pruned is None else p.pruned for p in row.curve]
+        axes.plot(tokens, pruned, marker=marker, ms=4, color=colour, label=label)
+        if any(abs(a / b - 1) > 0.005 for a, b in zip(trained, pruned, strict=True)):
+            axes.plot(tokens, trained, ls="--", lw=1, color=colour)
+    axes.set_yscale("log")
+    axes.set(
+        xlabel="training tokens",
+        ylabel="perplexity",
+        title="Perplexity as pruned at that point (dashed: before the prune)",
+    )
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def plot_final(rows: Sequence[Row], path: Path) -> None:
+    """Bars of the perplexity of the written models; logarithmic where they differ by 10 times."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 1 + 0.4 * len(rows)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    colours, values = _colours(rows), [row.perplexity for row in rows]
+    bars = axes.barh(range(len(rows)), values, color=[colours[row.method] for row in rows])
+    axes.bar_label(bars, [number(value) for value in values], padding=3, fontsize=8)
+    axes.axvline(rows[0].perplexity_dense, color="grey", lw=1, ls=":", label="untouched, dense")
+    if max(values) > 10 * min(values):
+        axes.set_xscale("log")
+    axes.set_yticks(range(len(rows)), [_label(row, rows) for row in rows])
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.set(xlabel="perplexity", title="Perplexity of the written models")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def plot_varied(rows: Sequence[Row], given: Mapping[str, Any], path: Path) -> None:
+    """Perplexity of the written models over the values of each flag; a line a method and rate."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(4, 3 * len(given)), 3.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(given), sharey=True, squeeze=False)[0]
+    names = {row.checkpoint: _label(row, rows) for row in rows if not row.varied}
+    for axes, (key, usual) in zip(panels, given.items(), strict=True):
+        for name, points in lines_of(rows, key, usual).items():
+            values, found = zip(*points, strict=True)
+            axes.plot(values, found, "o-", ms=4, label=names.get(name, name))
+            if min(values) > 0 and max(values) > 10 * min(values):
+                axes.set_xscale("log")
+        axes.set(xlabel=key)
+        axes.grid(alpha=0.3, which="both")
+    panels[0].set(ylabel="perplexity", yscale="log")
+    panels[0].legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def lines_of(
+    rows: Sequence[Row], key: str, usual: float | None
+) -> dict[str, list[tuple[float, float]]]:
+    """(value, perplexity) in ascending order of the runs that differ in `key` alone, by the usual.
+
+    Args:
+        usual: the value of `key` where it is not varied.
+    """
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        value = row.varied.get(key) if row.varied else usual
+        # One-shot methods have no curve, and nothing is varied of them.
+        if value is not None and row.curve:
+            lines.setdefault(row.usual, []).append((value, row.perplexity))
+    return {name: sorted(points) for name, points in lines.items()}
+
+
+def _label(row: Row, rows: Sequence[Row]) -> str:
+    """The method, and what tells its row from others of the same method."""
+    peers = [other for other in rows if other.method == row.method]
+    parts = [row.method]
+    if len({peer.lr for peer in peers}) > 1:
+        parts.append(f"lr {row.lr:.2g}")
+    if len({peer.lambda_ for peer in peers}) > 1:
+        parts.append(f"lambda {row.lambda_:.2g}")
+    if len({peer.seed for peer in peers}) > 1:
+        parts.append(f"seed {row.seed}")
+    return ", ".join(filter(None, (*parts, row.otherwise)))
+
+
+def _colours(rows: Sequence[Row]) -> dict[str, str]:
+    """One colour a method, so that seeds and rates of a method belong together."""
+    return {m: f"C{place}" for place, m in enumerate(dict.fromkeys(row.method for row in rows))}
