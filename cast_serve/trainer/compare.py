@@ -273,6 +273,7 @@ def _job(
         # Of cast alone; the other methods refuse it.
         decay_ramp=base.decay_ramp if trained == "cast" else 1.0,
         masked_rate=base.masked_rate if trained == "cast" else 1.0,
+        mask_metric=base.mask_metric if trained == "cast" else "magnitude",
         initial_mask=mask or "magnitude",
         lr=lr,
         lambda_=decay,

@@ -2,7 +2,7 @@
 
 perplexity.png   perplexity against tokens
 final.png        of the written models, as bars
-varied.png       with --vary: what each value of a flag gave, a panel a flag
+varied.png       with --vary: what each value of a flag gave, a panel a flag that is a number
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,8 +20,9 @@ def write_plots(rows: Sequence[Row], given: Mapping[str, Any], folder: Path) -> 
     """
     plot_curves(rows, folder / "perplexity.png")
     plot_final(rows, folder / "final.png")
-    if given:
-        plot_varied(rows, given, folder / "varied.png")
+    numbers = {key: value for key, value in given.items() if isinstance(value, int | float)}
+    if numbers:
+        plot_varied(rows, numbers, folder / "varied.png")
 
 
 def plot_curves(rows: Sequence[Row], path: Path) -> None:

@@ -56,7 +56,10 @@ class Row:
     @property
     def otherwise(self) -> str:
         """`varied` in words."""
-        return ", ".join(f"{key} {value:.4g}" for key, value in self.varied.items())
+        return ", ".join(
+            f"{key} {value}" if isinstance(value, str) else f"{key} {value:.4g}"
+            for key, value in self.varied.items()
+        )
 
 
 def write_results(jobs: Sequence[Job], folder: Path) -> list[Row]:

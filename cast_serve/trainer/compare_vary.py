@@ -13,7 +13,7 @@ from cast_serve.trainer.errors import RunError
 _GROUPS = ("method", "budget", "optimizer")
 # Named by flags of compare's own, or what runs must share to be compared.
 _FIXED = ("method", "initial_mask", "lr", "lambda", "pattern", "context")
-_OF_CAST = ("decay_ramp", "masked_rate")
+_OF_CAST = ("decay_ramp", "masked_rate", "mask_metric")
 
 
 @dataclass(frozen=True, kw_only=True)

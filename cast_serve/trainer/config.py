@@ -4,7 +4,7 @@ Field names are the YAML keys and, with dashes, the flags; `lambda_` is `lambda`
 Python reserves the word. arguments.py builds a RunConfig from flags and YAML.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -113,11 +113,16 @@ class RunConfig:
         "strength for the rest",
         group="method",
     )
-
     masked_rate: float = _option(
         1.0,
         "learning rate of masked weights under the full decay, as a multiple of the others'; above "
         "1 they reach zero although the rate is low",
+        group="method",
+    )
+    mask_metric: Literal["magnitude", "activation"] = _option(
+        "magnitude",
+        "what survives in a group: the largest |w|, or the largest |w| times the norm of its input "
+        "in the dense model",
         group="method",
     )
 
@@ -308,6 +313,15 @@ class RunConfig:
             if f.metadata["identity"]
         }
 
+    @classmethod
+    def identity_defaults(cls) -> dict[str, Any]:
+        """`identity` of the fields that have a default, with it."""
+        return {
+            key_of(f.name): _plain(f.default)
+            for f in fields(cls)
+            if f.metadata["identity"] and f.default is not MISSING
+        }
+
     def _check_budget(self) -> None:
         given = [key for key in ("steps", "epochs", "tokens") if getattr(self, key) is not None]
         if len(given) > 1:
@@ -368,6 +382,13 @@ class RunConfig:
         for key in ("decay_ramp", "masked_rate"):
             if getattr(self, key) != 1 and self.method != "cast":
                 raise RunError(f"{key}: is of method cast, not {self.method}; leave it out")
+        if self.mask_metric != "magnitude" and self.method != "cast":
+            raise RunError(f"mask_metric: is of method cast, not {self.method}; leave it out")
+        if self.mask_metric != "magnitude" and self.parallel == "fsdp":
+            raise RunError(
+                "mask_metric: activation runs the whole dense model on one device before training, "
+                "and parallel=fsdp is for models without room there; use magnitude"
+            )
         if self.parallel == "fsdp" and self.method != "cast":
             raise RunError(f"parallel: method {self.method} runs with ddp alone")
         if self.lambda_ is not None and self.method in ("dense", "fixed-mask"):

@@ -18,6 +18,7 @@ from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.evaluate import mean_loss, to_perplexity
 from cast_serve.trainer.export import dtype_name, prune_and_fold_, publish, write_training_form
 from cast_serve.trainer.journal import read_history
+from cast_serve.trainer.layers import scaled_layers
 from cast_serve.trainer.parallel import whole_weights
 from cast_serve.trainer.plan import Plan
 from cast_serve.trainer.plots import write_plots
@@ -47,6 +48,10 @@ def finish(
         RunError: the output cannot be written.
     """
     before = mean_loss(model, corpus.evaluation, processes=processes)
+    if config.mask_metric != "magnitude":
+        # Who prunes what is written sees |w| alone.
+        for _, layer in scaled_layers(model):
+            layer.prune_(config.nm)
     weights = whole_weights(source.model)
     processes.on_first(lambda: _write_training_form(config, source, plan, weights))
     prune_and_fold_(model, config)
@@ -158,6 +163,7 @@ def _provenance(
         "scaling_blocks": config.scaling_blocks,
         "mask_interval": config.mask_interval,
         "decay_ramp": config.decay_ramp,
+        "mask_metric": config.mask_metric,
         "masked_rate": config.masked_rate,
         "compute": config.compute,
         "teacher_top_k": config.teacher_top_k if config.teacher == "cached" else None,

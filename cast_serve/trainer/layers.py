@@ -39,7 +39,11 @@ class LayerChoice:
 
 
 class ScaledLayer(nn.Module):
-    """What nn.Linear and Conv1D share once they have a scale; `input_dim` is K's dimension."""
+    """What nn.Linear and Conv1D share once they have a scale; `input_dim` is K's dimension.
+
+    `importance`, where masks are not by |w| alone, is what |w| is multiplied with: norms of the
+    inputs, in a shape that broadcasts over the weight. It is not in the state dict.
+    """
 
     input_dim: int
     bias: nn.Parameter | None
@@ -50,17 +54,33 @@ class ScaledLayer(nn.Module):
         self.register_parameter("bias", layer.bias)
         rows = layer.weight.shape[1 - self.input_dim]
         self.cast_scale = nn.Parameter(layer.weight.new_ones(rows, blocks))
+        self.importance: torch.Tensor | None = None
 
     def scaled_weight(self) -> torch.Tensor:
         """A * W in the layout and dtype of the weight; one multiplication per entry."""
         return scale_weight(self.weight, self.cast_scale, input_dim=self.input_dim)
 
+    def set_importance(self, norms: torch.Tensor) -> None:
+        """Choose masks by |w| * norms, fp32 [K], from now on."""
+        shape = (1, -1) if self.input_dim == 1 else (-1, 1)
+        norms = norms.to(self.weight.device, self.weight.dtype).view(shape)
+        # A buffer: it moves with the layer, and DDP gives all processes the first one's.
+        del self.importance
+        self.register_buffer("importance", norms, persistent=False)
+
+    @torch.no_grad()
+    def prune_(self, pattern: Pattern) -> None:
+        """W <- W * M, in place."""
+        # A sharded weight holds whole groups and the rows of its scales (parallel.py).
+        weight = local(self.weight.detach())
+        ranked = weight if self.importance is None else weight * self.importance
+        weight.masked_fill_(~weight_mask(ranked, pattern, input_dim=self.input_dim), 0)
+
     @torch.no_grad()
     def prune_and_fold_(self, pattern: Pattern) -> None:
         """W <- (W * M) * A and A <- 1, in place: the weight that is served."""
-        # A sharded weight holds whole groups and the rows of its scales (parallel.py).
+        self.prune_(pattern)
         weight, scale = local(self.weight.detach()), local(self.cast_scale.detach())
-        weight.masked_fill_(~weight_mask(weight, pattern, input_dim=self.input_dim), 0)
         weight.copy_(scale_weight(weight, scale, input_dim=self.input_dim))
         scale.fill_(1)
 

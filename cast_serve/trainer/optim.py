@@ -17,7 +17,7 @@ works on: parameter groups, state, and the shards of a weight that several proce
 """
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -56,6 +56,8 @@ class AdamS(torch.optim.Optimizer):
     `masked_rate` >= 1 is the rate of masked weights under the full decay over the rate (1: the
     paper's).
     `implementation` "auto" takes Triton's kernels for parameters on an NVIDIA GPU.
+    `importance` of a weight multiplies |w| where its mask is chosen (layers.py); it is not in the
+    state dict, and weights that have one must not be sharded.
 
     Raises, from step(): RunError where shards cut groups of the pattern.
     """
@@ -74,6 +76,7 @@ class AdamS(torch.optim.Optimizer):
         decay_ramp: float = 1.0,
         masked_rate: float = 1.0,
         implementation: Literal["auto", "reference", "triton"] = "auto",
+        importance: Mapping[torch.nn.Parameter, torch.Tensor] | None = None,
     ) -> None:
         super().__init__(
             groups,
@@ -96,6 +99,7 @@ class AdamS(torch.optim.Optimizer):
                 "flips": None,
             },
         )
+        self._importance = dict(importance or {})
         self._forget()
 
     @torch.no_grad()
@@ -151,8 +155,13 @@ class AdamS(torch.optim.Optimizer):
             if "mask" in state:
                 state["mask"] = state["mask"].bool()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy and pickle."""
+        state: dict[str, Any] = super().__getstate__()
+        return state | {"_importance": self._importance}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Called by load_state_dict, copy and pickle, which keep groups and state alone."""
+        """Called by load_state_dict, which gives groups and state alone, copy and pickle."""
         super().__setstate__(state)
         self._forget()
         for group in self.param_groups:
@@ -193,7 +202,7 @@ class AdamS(torch.optim.Optimizer):
             (
                 weights[0],
                 implementation.refresh(
-                    [local(weight.detach()) for weight in weights],
+                    [self._ranked(weight) for weight in weights],
                     [local(self.state[weight]["mask"]) for weight in weights],
                     pattern,
                     input_dim=input_dim,
@@ -203,6 +212,12 @@ class AdamS(torch.optim.Optimizer):
         ]
         total = sum(weight.numel() for weight in group["params"])
         group["flips"] = None if first else sum_over_ranks(changed).double() / total
+
+    def _ranked(self, weight: torch.Tensor) -> torch.Tensor:
+        """What the mask of `weight` keeps the largest of."""
+        here = local(weight.detach())
+        importance = self._importance.get(weight)  # type: ignore[call-overload]
+        return here if importance is None else here * importance
 
     def _slots(self, index: int, weights: list[torch.Tensor]) -> list[Slot]:
         """Slots of `weights`, of group `index`: the last step's list unless a tensor is another.

@@ -7,6 +7,7 @@ log.jsonl        the figures of every entry (journal.py)
 logs/            TensorBoard
 plots/           PNG, at the end
 teacher/         a cached teacher's top tokens
+importance.safetensors    norms of the layers' inputs, where masks take them into account
 """
 
 import json
@@ -20,6 +21,7 @@ from cast_serve.trainer.config import RunConfig
 from cast_serve.trainer.errors import RunError
 
 STAGING = ".staging"
+IMPORTANCE = "importance.safetensors"
 # 1 had checkpoints of transformers.Trainer.
 _FORMAT = 2
 
@@ -56,8 +58,9 @@ def check_folders(config: RunConfig) -> None:
         return
     if output.is_dir() and any(output.iterdir()):
         raise RunError(f"output: {output} is not empty; name another folder or remove it")
-    # A cached teacher is computed before the run is recorded, and kept where that was cut off.
-    if run_dir.exists() and any(path.name != "teacher" for path in run_dir.iterdir()):
+    # Computed before the run is recorded, and left where that was cut off.
+    early = ("teacher", IMPORTANCE)
+    if run_dir.exists() and any(path.name not in early for path in run_dir.iterdir()):
         raise RunError(
             f"output: {run_dir} holds an earlier run; continue it with --resume or remove it"
         )
@@ -94,7 +97,9 @@ def read_run(config: RunConfig) -> Fixed:
                 f"resume: {path} has format {form}, and this cast-train reads {_FORMAT}; finish it "
                 "with the version that started it"
             )
-        before, fixed = record["config"], Fixed(**record["fixed"])
+        # A key that the version it was started with did not have was what is now its default.
+        before = config.identity_defaults() | record["config"]
+        fixed = Fixed(**record["fixed"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"resume: {path} cannot be read: {error!r}") from error
     now = config.identity()

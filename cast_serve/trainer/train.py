@@ -18,6 +18,7 @@ from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.evaluate import mean_loss
 from cast_serve.trainer.finish import finish
 from cast_serve.trainer.gradient import Gradient
+from cast_serve.trainer.importance import kept_or_measured, set_importance
 from cast_serve.trainer.journal import Journal
 from cast_serve.trainer.layers import (
     LayerChoice,
@@ -168,12 +169,23 @@ def _train(
     elif config.eta > 0:
         teacher = make_teacher(source.model, config, processes)
     dense_loss = math.nan
-    if fixed is None and not sharded:
+    if not sharded:
         source.model.to(processes.device)  # type: ignore[arg-type]  # hidden by a decorator
+    if fixed is None and not sharded:
         dense_loss = mean_loss(source.model, corpus.evaluation, processes=processes)
+    norms: dict[str, torch.Tensor] = {}
+    if config.mask_metric == "activation":
+        layers = list(plan.layers)
+        norms = processes.on_first(
+            lambda: kept_or_measured(
+                config.run_dir, source.model, layers, blocks, resumed=fixed is not None
+            )
+        )
     method = method_of(config)
     found = processes.on_first(lambda: last_checkpoint(config.run_dir)) if config.resume else None
     method.add_layers(source.model, list(plan.layers), blocks, resumed=found is not None)
+    if norms:
+        set_importance(source.model, norms)
     if config.gradient_checkpointing:
         recompute_activations(source.model)
     if config.compile:

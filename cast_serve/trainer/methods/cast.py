@@ -5,7 +5,7 @@ from transformers import PreTrainedModel
 
 from cast_serve.trainer.calibrate import measure_lambda
 from cast_serve.trainer.gradient import Gradient
-from cast_serve.trainer.layers import LayerChoice, add_scales, optimizer_groups
+from cast_serve.trainer.layers import LayerChoice, add_scales, optimizer_groups, scaled_layers
 from cast_serve.trainer.methods.base import Method
 from cast_serve.trainer.optim import AdamS
 from cast_serve.trainer.run_dir import Fixed
@@ -32,4 +32,9 @@ class Cast(Method):
             mask_interval=self.config.mask_interval,
             decay_ramp=self.config.decay_ramp,
             masked_rate=self.config.masked_rate,
+            importance={
+                layer.weight: layer.importance
+                for _, layer in scaled_layers(model)
+                if layer.importance is not None
+            },
         )

@@ -37,9 +37,7 @@ def prune_at_start(
         RunError: the one-shot method prunes other layers than `layers`, or not to the pattern.
     """
     if method != "magnitude":
-        # A shorter stream is read again from its start.
-        items = [stream[i % len(stream)]["input_ids"] for i in range(CALIBRATION_SEQUENCES)]
-        found = prune_oneshot(model, method, pattern, torch.stack(items).to(model.device))
+        found = prune_oneshot(model, method, pattern, calibration_ids(stream).to(model.device))
         _require_same(method, found, layers)
     for choice in layers:
         if choice.dense_because is not None:
@@ -51,6 +49,12 @@ def prune_at_start(
         if method != "magnitude" and layer.weight[pruned].any():
             raise RunError(f"{method}: {choice.name} is not {pattern} after pruning")
         layer.weight.masked_fill_(pruned, 0)
+
+
+def calibration_ids(stream: BlockStream) -> torch.Tensor:
+    """The first 128 sequences of `stream`, a shorter one read again: int [128, context]."""
+    items = [stream[i % len(stream)]["input_ids"] for i in range(CALIBRATION_SEQUENCES)]
+    return torch.stack(items)
 
 
 def _require_same(method: str, found: list[LayerChoice], wanted: list[LayerChoice]) -> None:

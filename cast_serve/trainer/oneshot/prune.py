@@ -71,7 +71,8 @@ def prune_oneshot(
             statistics = dict.fromkeys(layers, torch.empty(0))
         else:
             assert calibration_ids is not None
-            statistics = _collect(model, block, layers, calibration_ids, squared=method == "wanda")
+            squared = method == "wanda"
+            statistics = collect(model, layers, calibration_ids, squared=squared, until=block)
         for name in layers:
             _prune(name, model.get_submodule(name), method, pattern, statistics.pop(name))
         if progress:
@@ -97,10 +98,22 @@ def _prune(
     layer.weight.copy_(weight.t() if transposed else weight)
 
 
-def _collect(
-    model: PreTrainedModel, block: str, names: list[str], ids: torch.Tensor, *, squared: bool
+def collect(
+    model: PreTrainedModel,
+    names: list[str],
+    ids: torch.Tensor,
+    *,
+    squared: bool,
+    until: str | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Of each layer of `block`, over all tokens: sum of x^2 [K] if `squared`, of x x^T [K, K]."""
+    """Of each layer's inputs x, over all tokens: sum of x^2 [K] if `squared`, of x x^T [K, K].
+
+    Args:
+        until: name of the module after which nothing more is run; None: the whole model is.
+
+    Raises:
+        RunError: the text never reaches one of them.
+    """
     sums: dict[str, torch.Tensor] = {}
 
     def hook(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
@@ -115,7 +128,8 @@ def _collect(
         raise _Done
 
     handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
-    handles.append(model.get_submodule(block).register_forward_hook(stop))
+    if until is not None:
+        handles.append(model.get_submodule(until).register_forward_hook(stop))
     try:
         for batch in ids.split(_BATCH):
             try:
