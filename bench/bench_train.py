@@ -51,6 +51,10 @@ MOST_RATIO = 1.45
 WARM_UP = 5
 KERNELS = 12
 PLAIN, CAST = "plain", "cast"
+HEADER = (
+    *("method", "step ms", "x plain", "gradient", "teacher", "clip", "optimizer"),
+    *("tokens/s", "MFU", "GiB", "estimated"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,24 +317,28 @@ def show(rows: Sequence[Row]) -> Table:
     """A table of a model's rows."""
     first = rows[0]
     table = Table(title=f"{first.model}: {first.batch_size} x {first.context} tokens")
-    names = ("method", "step ms", "x plain", "gradient", "teacher", "clip", "optimizer")
-    for name in (*names, "tokens/s", "MFU", "GiB", "estimated"):
+    for name in HEADER:
         table.add_column(name, justify="left" if name == "method" else "right")
     for row in rows:
-        table.add_row(
-            row.method,
-            f"{row.step_ms:.1f}",
-            f"{row.step_ms / first.step_ms:.3f}",
-            f"{row.gradient_ms:.1f}",
-            f"{row.teacher_ms:.1f}" if row.teacher_ms else "",
-            f"{row.clip_ms:.1f}",
-            f"{row.optimizer_ms:.1f}",
-            f"{row.tokens_per_s:,.0f}",
-            f"{row.mfu:.1%}" if row.mfu else "",
-            "" if row.peak_gib is None else f"{row.peak_gib:.1f}",
-            f"{row.estimated_gib:.1f}",
-        )
+        table.add_row(*cells(row, plain=first))
     return table
+
+
+def cells(row: Row, *, plain: Row) -> list[str]:
+    """A row under HEADER; `plain` is the one that it is measured against."""
+    return [
+        row.method,
+        f"{row.step_ms:.1f}",
+        f"{row.step_ms / plain.step_ms:.3f}",
+        f"{row.gradient_ms:.1f}",
+        f"{row.teacher_ms:.1f}" if row.teacher_ms else "",
+        f"{row.clip_ms:.1f}",
+        f"{row.optimizer_ms:.1f}",
+        f"{row.tokens_per_s:,.0f}",
+        f"{row.mfu:.1%}" if row.mfu else "",
+        "" if row.peak_gib is None else f"{row.peak_gib:.1f}",
+        f"{row.estimated_gib:.1f}",
+    ]
 
 
 def summarize(env: dict[str, Any], rows: Sequence[Row]) -> dict[str, Any]:

@@ -114,28 +114,15 @@ def _plain(row: bench_train.Row, rows: Sequence[bench_train.Row]) -> bench_train
 
 
 def _steps(rows: Sequence[bench_train.Row]) -> list[str]:
-    head = ["model", "tokens", "method", "step ms", "x plain", "gradient", "teacher", "clip"]
-    return table(
-        [*head, "optimizer", "tokens/s", "MFU", "GiB", "estimated"],
+    lines = [
         [
-            [
-                row.model,
-                f"{row.batch_size} x {row.context}",
-                row.method,
-                f"{row.step_ms:.1f}",
-                f"{row.step_ms / _plain(row, rows).step_ms:.3f}",
-                f"{row.gradient_ms:.1f}",
-                f"{row.teacher_ms:.1f}" if row.teacher_ms else "",
-                f"{row.clip_ms:.1f}",
-                f"{row.optimizer_ms:.1f}",
-                f"{row.tokens_per_s:,.0f}",
-                f"{row.mfu:.1%}",
-                "" if row.peak_gib is None else f"{row.peak_gib:.1f}",
-                f"{row.estimated_gib:.1f}",
-            ]
-            for row in rows
-        ],
-    )
+            row.model,
+            f"{row.batch_size} x {row.context}",
+            *bench_train.cells(row, plain=_plain(row, rows)),
+        ]
+        for row in rows
+    ]
+    return table(["model", "tokens", *bench_train.HEADER], lines)
 
 
 def _optimizers(rows: Sequence[bench_optim.Row]) -> list[str]:

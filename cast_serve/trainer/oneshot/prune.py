@@ -74,23 +74,19 @@ def prune_oneshot(
             squared = method == "wanda"
             statistics = collect(model, layers, calibration_ids, squared=squared, until=block)
         for name in layers:
-            _prune(name, model.get_submodule(name), method, pattern, statistics.pop(name))
+            _prune(model.get_submodule(name), method, pattern, statistics.pop(name))
         if progress:
             progress(done, len(blocks))
     model.train(training)
     return choices
 
 
-def _prune(
-    name: str, layer: nn.Module, method: Method, pattern: Pattern, statistic: torch.Tensor
-) -> None:
+def _prune(layer: nn.Module, method: Method, pattern: Pattern, statistic: torch.Tensor) -> None:
     assert isinstance(layer.weight, torch.Tensor)
     transposed = isinstance(layer, Conv1D)
     weight = (layer.weight.t() if transposed else layer.weight).float().clone()
     if method == "magnitude":
         weight.masked_fill_(~nm_mask(weight, kept=pattern.kept, group=pattern.group), 0)
-    elif not statistic.isfinite().all():
-        raise RunError(f"{name}: its inputs on the calibration text are not finite")
     elif method == "wanda":
         prune_wanda_(weight, statistic.sqrt(), pattern)
     else:
@@ -112,7 +108,7 @@ def collect(
         until: name of the module after which nothing more is run; None: the whole model is.
 
     Raises:
-        RunError: the text never reaches one of them.
+        RunError: the text never reaches one of them, or its inputs are not finite.
     """
     sums: dict[str, torch.Tensor] = {}
 
@@ -141,6 +137,9 @@ def collect(
             handle.remove()
     if missing := [name for name in names if name not in sums]:
         raise RunError(f"{missing[0]}: the calibration text never reaches it; give more text")
+    for name in names:
+        if not sums[name].isfinite().all():
+            raise RunError(f"{name}: its inputs on the calibration text are not finite")
     return sums
 
 
