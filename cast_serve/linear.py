@@ -38,7 +38,7 @@ from cast_serve.kernels.pattern import random_mask
 from cast_serve.kernels.plan import Plan
 from cast_serve.kernels.problem import Problem
 from cast_serve.kernels.registry import REFERENCE
-from cast_serve.kernels.selection import NoKernel, plan_for, warm
+from cast_serve.kernels.selection import NoKernel, plan_for, warm, warm_ahead
 from cast_serve.kernels.weight import SparseWeight, build
 from cast_serve.model_loaders.checkpoint import Checkpoint
 from cast_serve.model_loaders.formats import Format
@@ -151,6 +151,9 @@ class CastLinearMethod(LinearMethodBase):
             )
             layer.register_parameter(name, parameter)
             self.inlets[name] = parameter
+        if self.sparse and current_platform.is_cuda():
+            problem = Problem.on(self.device, N=rows, K=columns, dtype=params_dtype)
+            warm_ahead(problem, self.device)
 
     def _loader(self, inlet: str) -> Callable[..., None]:
         def receive(param: Parameter, loaded_weight: torch.Tensor, part_id: PartId = None) -> None:

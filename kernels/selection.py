@@ -6,6 +6,7 @@ before, one measured now. Nothing here runs while serving: the op looks M up in 
 
 import logging
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 
 import torch
@@ -25,6 +26,10 @@ logger = logging.getLogger(__name__)
 # Buckets of a prefill larger than any that is measured: --max-num-batched-tokens goes this far.
 _LARGER = (16384, 32768, 65536)
 
+# What `warm_ahead` began and `warm` has not asked for. One after the other: each has threads.
+_begun: dict[tuple[Problem, torch.device], Future[bool]] = {}
+_beside = ThreadPoolExecutor(1, thread_name_prefix="cast-serve-kernels")
+
 
 class NoKernel(ValueError):
     """No kernel supports the layer; the message has each one's reason."""
@@ -35,9 +40,27 @@ def plan_for(problem: Problem) -> Plan:
     """The plan of `problem`, on the current CUDA device where it has to be measured.
 
     Raises:
+        TuningError: it has to be measured, and cannot be here and now.
+        As `known_plan`.
+    """
+    plan = known_plan(problem)
+    if plan is not None:
+        return plan
+    _refuse_capturing(problem)
+    started = time.monotonic()
+    plan = tune(problem, torch.device("cuda", torch.cuda.current_device()))
+    disk.write(problem, plan)
+    logger.info("timed kernels for %s in %.0f s", problem, time.monotonic() - started)
+    return plan
+
+
+@cache
+def known_plan(problem: Problem) -> Plan | None:
+    """The plan of `problem` if it is forced, shipped or was measured before; else None.
+
+    Raises:
         NoKernel: no kernel supports it.
         ValueError: CAST_SERVE_KERNEL names a kernel or config that does not run it.
-        TuningError: it has to be measured, and cannot be here and now.
     """
     forced = forced_kernel()
     if forced is not None:
@@ -55,12 +78,24 @@ def plan_for(problem: Problem) -> Plan:
         if not refused:
             return plan
         logger.warning("%s is not used, kernels are timed: %s", disk.path_of(problem), refused)
-    _refuse_capturing(problem)
-    started = time.monotonic()
-    plan = tune(problem, torch.device("cuda", torch.cuda.current_device()))
-    disk.write(problem, plan)
-    logger.info("timed kernels for %s in %.0f s", problem, time.monotonic() - started)
-    return plan
+    return None
+
+
+def warm_ahead(problem: Problem, device: torch.device) -> None:
+    """Begin with `warm(problem, device)` in a thread, while weights are read for it.
+
+    `warm` waits for it and raises what it raised. Nothing is begun that has to be timed: what else
+    the GPU and the host do meanwhile would be in the times.
+    """
+    if (problem, device) not in _begun:
+        _begun[problem, device] = _beside.submit(_warm_if_known, problem, device)
+
+
+def _warm_if_known(problem: Problem, device: torch.device) -> bool:
+    known = known_plan(problem) is not None
+    if known:
+        _warm(problem, device)
+    return known
 
 
 @cache
@@ -75,6 +110,12 @@ def warm(problem: Problem, device: torch.device) -> None:
         As `plan_for`.
     """
     _refuse_capturing(problem)
+    begun = _begun.get((problem, device))
+    if begun is None or not begun.result():
+        _warm(problem, device)
+
+
+def _warm(problem: Problem, device: torch.device) -> None:
     with torch.cuda.device(device):
         plan = plan_for(problem)
         bounds = (row.max_M for row in plan.rows if row.max_M is not None)

@@ -2,8 +2,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from cast_serve.kernels import op
-from cast_serve.kernels.selection import plan_for, warm
+from cast_serve.kernels import op, selection
+from cast_serve.kernels.selection import known_plan, plan_for, warm
 
 
 @pytest.fixture
@@ -11,8 +11,9 @@ def forget_plans(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]
     """No plan is known and none is forced; call it to forget again."""
 
     def forget() -> None:
-        for cached in (plan_for, warm, op.routes):
+        for cached in (known_plan, plan_for, warm, op.routes):
             cached.cache_clear()
+        selection._begun.clear()
 
     monkeypatch.delenv("CAST_SERVE_KERNEL", raising=False)
     forget()

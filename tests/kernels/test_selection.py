@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import threading
 import time
 
 import pytest
@@ -13,7 +14,7 @@ from cast_serve.kernels import cache, selection, shipped, tune
 from cast_serve.kernels.plan import BUCKETS, Plan
 from cast_serve.kernels.problem import Problem
 from cast_serve.kernels.registry import KERNELS, LAYOUT_NAMES
-from cast_serve.kernels.selection import NoKernel, plan_for, warm
+from cast_serve.kernels.selection import NoKernel, plan_for, warm, warm_ahead
 
 pytestmark = pytest.mark.usefixtures("forget_plans", "empty_user_cache")
 
@@ -198,6 +199,33 @@ def test_cached_plan_of_a_config_that_there_is_not(monkeypatch, caplog):
     assert f"{cache.path_of(problem())} is not used" in caplog.text
     assert "mma_sp: no config 'huge'" in caplog.text
     assert cache.read(problem()) == plan
+
+
+def test_warm_raises_what_stopped_the_thread_ahead_of_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    device = torch.device("cuda", 0)
+    warm_ahead(problem(capability=(7, 5)), device)
+    with pytest.raises(NoKernel, match="sm_75"):
+        warm(problem(capability=(7, 5)), device)
+
+
+def test_nothing_is_timed_ahead(monkeypatch, empty_user_cache):
+    """What the machine does meanwhile would be in the times."""
+    warmed = []
+
+    def note(of: Problem, device: torch.device) -> None:
+        warmed.append((of, threading.current_thread() is threading.main_thread()))
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(selection, "_warm", note)
+    device = torch.device("cuda", 0)
+    unknown, shipped_for = problem(N=768, K=1280), problem(*LAYERS[0], gpu="NVIDIA H200")
+    for of in (unknown, shipped_for):
+        warm_ahead(of, device)
+    for of in (unknown, shipped_for):
+        warm(of, device)
+    assert sorted(main for _, main in warmed) == [False, True]
+    assert dict(warmed) == {unknown: True, shipped_for: False}
 
 
 def test_layout_names_are_the_kernels_own():
