@@ -2,8 +2,10 @@
 
 The mask of CAST (arXiv 2509.25996, Eq. 6) and of one-shot magnitude pruning: in each group of
 `group` consecutive columns of a row the `kept` largest |w| survive, and of equals the leftmost.
-A threshold with >= would keep three of four on ties; a stable sort does not.
+A threshold with >= would keep three of four on ties; ranks do not.
 """
+
+import math
 
 import torch
 
@@ -30,11 +32,17 @@ def nm_mask(weight: torch.Tensor, *, kept: int = 2, group: int = 4) -> torch.Ten
             f"{kept}:{group} needs a matrix whose columns are a multiple of {group}, "
             f"got {list(weight.shape)}"
         )
-    groups = weight.detach().abs().reshape(-1, group)
-    order = groups.argsort(dim=1, descending=True, stable=True)
-    mask = torch.zeros_like(groups, dtype=torch.bool)
-    mask.scatter_(1, order[:, :kept], True)
-    return mask.reshape(weight.shape)
+    # NaN counts as infinite, so that there is an order.
+    magnitudes = weight.detach().abs().nan_to_num(nan=math.inf, posinf=math.inf)
+    columns = magnitudes.reshape(-1, group).unbind(1)
+    # Every pair is compared: sorting groups of four took 1.4 s for 106 M weights on an H200.
+    beaten_by = [torch.zeros_like(column, dtype=torch.uint8) for column in columns]
+    for right in range(1, group):
+        for left in range(right):
+            larger = columns[right] > columns[left]
+            beaten_by[left] += larger
+            beaten_by[right] += ~larger
+    return torch.stack([losses < kept for losses in beaten_by], dim=1).view(weight.shape)
 
 
 def random_mask(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:

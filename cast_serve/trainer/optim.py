@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import torch
 
+from cast_serve.trainer import flips
 from cast_serve.trainer.adams_rule import Implementation, Reference, Slot, StepNumbers
 from cast_serve.trainer.config import Pattern
 from cast_serve.trainer.schedule import decay_share, masked_speed
@@ -132,21 +133,11 @@ class AdamS(torch.optim.Optimizer):
 
         Over all ranks where weights are sharded. Waits for the device.
         """
-        counts = [
-            (float(group["flips"]), sum(weight.numel() for weight in group["params"]))
-            for group in self.param_groups
-            if group["flips"] is not None
-        ]
-        total = sum(count for _, count in counts)
-        return sum(flips * count for flips, count in counts) / total if total else None
+        return flips.of_all(self.param_groups)
 
     def state_dict(self) -> dict[str, Any]:
         """The base class's; plain numbers in the groups."""
-        found = super().state_dict()
-        for group in found["param_groups"]:
-            if group["flips"] is not None:
-                group["flips"] = float(group["flips"])
-        return found
+        return flips.as_numbers(super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore; the base class casts every state tensor to its parameter's dtype, masks too."""

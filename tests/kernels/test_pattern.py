@@ -37,6 +37,12 @@ def test_nm_mask_ties() -> None:
     assert nm_mask(weight).tolist() == [[True, True, False, False] * 2]
 
 
+def test_nm_mask_keeps_two_where_values_are_not_finite() -> None:
+    nan, inf = float("nan"), float("inf")
+    weight = torch.tensor([[1.0, nan, 2.0, nan, nan, inf, 3.0, -inf, nan, nan, nan, nan]])
+    assert nm_mask(weight).reshape(-1, 4).sum(1).tolist() == [2, 2, 2]
+
+
 def test_nm_mask_ignores_gradient() -> None:
     weight = torch.randn(2, 8, requires_grad=True)
     assert not nm_mask(weight).requires_grad

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cast_serve.trainer import flips
 from cast_serve.trainer.config import Pattern
 from cast_serve.trainer.layers import optimizer_groups
 from cast_serve.trainer.masks import weight_mask
@@ -82,11 +83,15 @@ class MaskedAdamW(torch.optim.AdamW):
 
     @property
     def flips(self) -> float | None:
-        """Share of mask entries changed by the last refresh; None before the first."""
-        known = [group for group in self.param_groups if group["flips"] is not None]
-        counts = [sum(weight.numel() for weight in group["params"]) for group in known]
-        changed = sum(group["flips"] * count for group, count in zip(known, counts, strict=True))
-        return changed / sum(counts) if known else None
+        """Share of mask entries changed by the last refresh; None before the first.
+
+        Waits for the device.
+        """
+        return flips.of_all(self.param_groups)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base class's; plain numbers in the groups."""
+        return flips.as_numbers(super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the moments, the masks, and with them what the layers apply."""
@@ -111,10 +116,11 @@ class MaskedAdamW(torch.optim.AdamW):
 
     def _refresh(self, group: dict[str, Any]) -> None:
         pattern = Pattern(kept=group["kept"], group=group["group"])
-        changed = total = 0
+        changed = []
         for weight in group["params"]:
             mask = weight_mask(weight, pattern, input_dim=group["input_dim"])
-            changed += int((mask != self._layers[weight].mask).sum())
-            total += mask.numel()
+            changed.append((mask != self._layers[weight].mask).sum())
             self._layers[weight].mask.copy_(mask)
-        group["flips"] = changed / total
+        # A tensor, that nothing is waited for: SR-STE comes here every step.
+        total = sum(weight.numel() for weight in group["params"])
+        group["flips"] = torch.stack(changed).sum().double() / total
