@@ -137,6 +137,9 @@ def _start(model: str, flags: list[str]) -> Any:
     """A vLLM engine for the model."""
     # stdout is for the result.
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    # Prompts were cut by threads of OpenMP, and in a fork of a process that has had some, the first
+    # tensor that wants them waits for ever.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     from vllm import LLM
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
