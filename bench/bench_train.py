@@ -122,14 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"bench_train: {error}", file=sys.stderr)
         return 2
     env = environment.describe(device if on_gpu else None, commit=given.commit)
-    config = RunConfig(
-        model=Path("random"),
-        data=(DataSource(place="random.txt"),),
-        output=Path("random"),
-        lambda_=1e-5,
-        batch_size=given.batch_size,
-        context=given.context,
-        compute="bf16",
+    config = replace(
+        run_config(batch_size=given.batch_size, context=given.context),
         compile=given.compile,
         cuda_graph=given.cuda_graph,
     )
@@ -155,6 +149,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def run_config(*, batch_size: int, context: int) -> RunConfig:
+    """A CAST run in bf16, of which only the steps matter."""
+    return RunConfig(
+        model=Path("random"),
+        data=(DataSource(place="random.txt"),),
+        output=Path("random"),
+        lambda_=1e-5,
+        batch_size=batch_size,
+        context=context,
+        compute="bf16",
+    )
+
+
+def by_method(config: RunConfig, method: str) -> RunConfig:
+    """`config` for PLAIN or CAST: plain fine-tuning has no teacher."""
+    if method == PLAIN:
+        return replace(config, method="dense", lambda_=None, eta=0.0)
+    return config
+
+
+def llama_config(decoder: Decoder, context: int) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=decoder.vocab,
+        hidden_size=decoder.hidden,
+        intermediate_size=decoder.intermediate,
+        num_hidden_layers=decoder.layers,
+        num_attention_heads=decoder.hidden // decoder.head,
+        num_key_value_heads=decoder.kv // decoder.head,
+        max_position_embeddings=context,
+        tie_word_embeddings=True,
+    )
+
+
+def estimate_gib(shape: Shape, config: RunConfig) -> float:
+    """Memory at the peak of a step, as capacity.py has it."""
+    assert config.context is not None
+    needed = memory(shape, config, context=config.context, processes=1)
+    return sum(needed.gpu.values()) / 2**30
+
+
 def measure(
     decoder: Decoder,
     method: str,
@@ -165,8 +199,7 @@ def measure(
     env: dict[str, Any],
 ) -> Row:
     """The row of a model trained by `method`."""
-    if method == PLAIN:
-        config = replace(config, method="dense", lambda_=None, eta=0.0)
+    config = by_method(config, method)
     torch.manual_seed(0)
     training = _Step(decoder, config, device)
     clock = _Clock(device)
@@ -192,7 +225,6 @@ def measure(
     shape = training.shape
     flops = flops_per_token(shape, config, context=training.context)
     known_gpu = next((gpu for name, gpu in GPUS.items() if name in env["gpu"].lower()), None)
-    estimated = memory(shape, config, context=training.context, processes=1)
     return Row(
         model=decoder.name,
         method=method,
@@ -206,7 +238,7 @@ def measure(
         tokens_per_s=rate,
         mfu=rate * flops / known_gpu.flops if known_gpu else 0.0,
         peak_gib=peak,
-        estimated_gib=sum(estimated.gpu.values()) / 2**30,
+        estimated_gib=estimate_gib(shape, config),
         kernels=_profile(training.run) if device.type == "cuda" else {},
         run=env["run"],
     )
@@ -218,18 +250,7 @@ class _Step:
     def __init__(self, decoder: Decoder, config: RunConfig, device: torch.device) -> None:
         assert config.context is not None
         self.context = config.context
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=decoder.vocab,
-                hidden_size=decoder.hidden,
-                intermediate_size=decoder.intermediate,
-                num_hidden_layers=decoder.layers,
-                num_attention_heads=decoder.hidden // decoder.head,
-                num_key_value_heads=decoder.kv // decoder.head,
-                max_position_embeddings=self.context,
-                tie_word_embeddings=True,
-            )
-        )
+        model = LlamaForCausalLM(llama_config(decoder, self.context))
         processes = Processes(rank=0, count=1, device=device)
         layers = layers_of(model, config)
         prepare_head(model, config)

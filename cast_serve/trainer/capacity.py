@@ -9,7 +9,9 @@ over its state. `cast-bench train` measures both.
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from cast_serve.trainer.config import RunConfig
 from cast_serve.trainer.distill import chunk_tokens
@@ -18,9 +20,6 @@ from cast_serve.trainer.layers import decoder_blocks, layers_of
 
 # AdamS reads w, g, mu, nu and a byte of mask and writes w, mu, nu, all fp32.
 _OPTIMIZER_BYTES = 29
-# Bytes a block keeps per token and hidden dimension in 16 bits (Korthikanti et al. 2022, arXiv
-# 2205.05198, Eq. 2, without attention scores, which flash kernels never write), and its input's.
-_ACTIVATIONS, _INPUT = 34, 2
 # Of a host with two sockets of eight DDR5 channels each, about half of what they could.
 _HOST_BANDWIDTH = 300e9
 # Blocks of a sharded model that are whole at once: the one at work and the next.
@@ -37,6 +36,7 @@ class Shape:
         sparse: that get a mask.
         blocks: of all decoder blocks.
         largest: of the largest one.
+        kept: values that a block keeps of a token for its backward pass.
         plain_head: the loss is computed inside of the output head (head.py).
     """
 
@@ -45,6 +45,7 @@ class Shape:
     sparse: int
     blocks: int
     largest: int
+    kept: int
     layers: int
     hidden: int
     vocabulary: int
@@ -74,6 +75,7 @@ class Shape:
             sparse=sum(choice.numel for choice in sparse),
             blocks=sum(blocks),
             largest=max(blocks),
+            kept=_kept_of_a_token(model),
             layers=text.num_hidden_layers,
             hidden=text.hidden_size,
             vocabulary=text.vocab_size,
@@ -81,6 +83,29 @@ class Shape:
             plain_head=config.loss != "logits"
             and (model.device.type == "meta" or returns_its_head(model)),
         )
+
+
+def _kept_of_a_token(model: PreTrainedModel) -> int:
+    """Values that a block keeps of a token: what its matrix products read and give.
+
+    The output of every linear, queries and keys once more as they are rotated, and the inputs: of
+    two norms, of two groups of linears behind them, of the output projection and of the last linear
+    of the MLP. Flash kernels never write attention scores. Korthikanti et al. 2022 (arXiv
+    2205.05198, Eq. 2) count the same for GPT: 34 bytes a token and hidden dimension, here 36.
+    """
+    text = model.config.get_text_config()
+    linears = [
+        (layer.weight.shape if isinstance(layer, nn.Linear) else layer.weight.shape[::-1])
+        for layer in decoder_blocks(model)[0].modules()
+        if isinstance(layer, nn.Linear | Conv1D)
+    ]
+    outputs = sum(rows for rows, _ in linears)
+    heads = text.num_attention_heads
+    head = getattr(text, "head_dim", None) or text.hidden_size // heads
+    queries = heads * head
+    keys = (getattr(text, "num_key_value_heads", None) or heads) * head
+    widest = max(columns for _, columns in linears)
+    return outputs + (queries + keys) + 2 * text.hidden_size + queries + widest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,13 +151,12 @@ def memory(shape: Shape, config: RunConfig, *, context: int, processes: int) -> 
     shards = processes if config.parallel == "fsdp" else 1
     width = 2 if config.compute == "bf16" else 4
     tokens = config.batch_size * context
-    kept = shape.layers * _INPUT + _ACTIVATIONS
-    if not config.gradient_checkpointing:
-        kept = _ACTIVATIONS * shape.layers
-    # Of the blocks whose backward pass is still to come: A * W in fp32, and rounded.
-    scaled = shape.sparse
+    # Of the blocks whose backward pass is still to come: activations, and weights as they were
+    # multiplied, rounded or scaled.
+    activations, weights = shape.layers * shape.kept, shape.matmul if width == 2 else shape.sparse
     if config.gradient_checkpointing:
-        scaled = min(scaled, shape.largest)
+        activations = shape.layers * shape.hidden + shape.kept
+        weights = min(weights, shape.largest + shape.head)
     at_once = _BLOCKS_AT_ONCE * shape.largest_unit if shards > 1 else 0
     moments = "AdamS moments" if config.method == "cast" else "AdamW moments"
     state = {
@@ -143,9 +167,9 @@ def memory(shape: Shape, config: RunConfig, *, context: int, processes: int) -> 
     }
     work = {
         "blocks put together": at_once * (4 + 4),
-        "scaled weights for the backward pass": scaled * (4 if width == 4 else 4 + width),
+        "weights for the backward pass": width * weights,
         **_loss(shape, config, tokens=tokens, width=width),
-        "activations (rough)": kept * tokens * shape.hidden * width // 2,
+        "activations (rough)": width * activations * tokens,
     }
     on_gpu, on_host = _teacher(shape, config, shards=shards, width=width)
     if config.offload:

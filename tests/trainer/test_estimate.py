@@ -74,6 +74,25 @@ def test_two_shards_are_half_each(make_config, tiny_models):
     assert half["blocks put together"] > whole["blocks put together"] == 0
 
 
+def test_what_a_block_keeps_of_a_token(make_config, tiny_models):
+    llama, gpt2 = tiny_models["llama"](), tiny_models["gpt2"]()
+    h, f = llama.config.hidden_size, llama.config.intermediate_size
+    keys = llama.config.num_key_value_heads * llama.config.head_dim
+    assert Shape.of(llama, make_config()).kept == 7 * h + 3 * keys + 3 * f
+    assert Shape.of(gpt2, make_config()).kept == 18 * gpt2.config.hidden_size
+
+
+def test_checkpointing_keeps_one_block(make_config, tiny_models):
+    config = make_config()
+    shape = Shape.of(tiny_models["llama"](num_hidden_layers=6), config)
+    part = "activations (rough)"
+    whole = memory(shape, config, context=32, processes=1).gpu[part]
+    config = make_config(gradient_checkpointing=True)
+    spared = memory(shape, config, context=32, processes=1).gpu[part]
+    inputs = 6 * shape.hidden
+    assert spared / whole == pytest.approx((inputs + shape.kept) / (6 * shape.kept))
+
+
 def test_where_the_teacher_lives(make_config, tiny_models):
     model = tiny_models["llama"](num_hidden_layers=6)
     blocks = [sum(p.numel() for p in block.parameters()) for block in model.model.layers]
