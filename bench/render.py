@@ -3,14 +3,15 @@
 python -m bench.render                       every linear-, serve- and train-*.json of bench/results
 python -m bench.render FILE.json ...         these
 
-What serve-*.json becomes is in bench/serving/render.py, train-*.json in bench/training_render.py.
+What serve-*.json becomes is in bench/serving/render.py, train-*.json in bench/training_render.py,
+*-sweep.json in bench/sweep_render.py.
 """
 
 import argparse
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from cast_serve.bench import training_render
+from cast_serve.bench import sweep_render, training_render
 from cast_serve.bench.linear_results import Results, Row, load, totals
 from cast_serve.bench.markdown import replace_between, table
 from cast_serve.bench.paths import RESULTS, ROOT
@@ -19,6 +20,8 @@ from cast_serve.bench.shapes import FLOORS, MODELS, TOKENS
 
 README = ROOT / "README.md"
 KERNELS_README = ROOT / "kernels" / "README.md"
+PRACTICE = ROOT / "docs" / "cast-in-practice.md"
+SWEEP = RESULTS / "smollm2-sweep.json"
 HEADLINE = "Llama-3.1-8B"
 
 BEGIN = "<!-- results: written by `python -m bench.render` -->"
@@ -38,7 +41,7 @@ def main() -> None:
     linear, served, trained = (
         sorted(RESULTS.glob(f"{name}-*.json")) for name in ("linear", "serve", "train")
     )
-    files = parser.parse_args().files or [*linear, *served, *trained]
+    files = parser.parse_args().files or [*linear, *served, *trained, SWEEP]
     if not files:
         parser.error(f"no result file in {RESULTS}; `make bench` on a GPU writes one")
     for file in files:
@@ -47,12 +50,15 @@ def main() -> None:
     serving.update_readme(README, served)
     training_render.update_readme(README, trained)
     update_readme(KERNELS_README, kernel_table(linear))
-    print(README, KERNELS_README, sep="\n")
+    sweep_render.update_page(PRACTICE, SWEEP)
+    print(README, KERNELS_README, PRACTICE, sep="\n")
 
 
 def _renderer(file: Path) -> Callable[[Path], list[Path]]:
     if file.name.startswith("serve-"):
         return serving.render
+    if file.name.endswith("-sweep.json"):
+        return sweep_render.render
     return training_render.render if file.name.startswith("train-") else render
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-LINK = re.compile(r"(?<!!)\[(?P<text>[^\]]*)\]\((?P<target>[^):#]+)(?P<anchor>#[^)]*)?\)")
+LINK = re.compile(r"(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<target>[^):#]+)(?P<anchor>#[^)]*)?\)")
 PAGES = (
     "CHANGELOG.md",
     "CONTRIBUTING.md",
@@ -39,7 +39,7 @@ def on_page_markdown(markdown: str, page: Any, files: Any, **_: Any) -> str:
         target = os.path.normpath(os.path.join(os.path.dirname(in_repository), match["target"]))
         if files.get_file_from_path(target.removeprefix("docs/")):
             path = os.path.relpath(target.removeprefix("docs/"), on_site or ".")
-            return f"[{match['text']}]({path}{match['anchor'] or ''})"
+            return f"{match['image']}[{match['text']}]({path}{match['anchor'] or ''})"
         return match["text"] if (ROOT / target).exists() else match[0]
 
     return LINK.sub(link, markdown)
