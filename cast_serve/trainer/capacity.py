@@ -88,10 +88,10 @@ class Shape:
 def _kept_of_a_token(model: PreTrainedModel) -> int:
     """Values that a block keeps of a token: what its matrix products read and give.
 
-    The output of every linear, queries and keys once more as they are rotated, and the inputs: of
-    two norms, of two groups of linears behind them, of the output projection and of the last linear
-    of the MLP. Flash kernels never write attention scores. Korthikanti et al. 2022 (arXiv
-    2205.05198, Eq. 2) count the same for GPT: 34 bytes a token and hidden dimension, here 36.
+    The output of every linear, queries and keys once more as they are rotated, and what linears
+    read: behind each of two norms, the attention's output, and the input of the MLP's last one.
+    Flash kernels never write attention scores. Korthikanti et al. 2022 (arXiv 2205.05198, Eq. 2)
+    have 34 bytes a token and hidden dimension for GPT in 16 bits, which are 36 here.
     """
     text = model.config.get_text_config()
     linears = [
