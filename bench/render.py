@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from cast_serve.bench import sweep_render, training_render
+from cast_serve.bench import recovery, sweep_render, training_render
 from cast_serve.bench.linear_results import Results, Row, load, totals
 from cast_serve.bench.markdown import replace_between, table
 from cast_serve.bench.paths import RESULTS, ROOT
@@ -22,6 +22,7 @@ README = ROOT / "README.md"
 KERNELS_README = ROOT / "kernels" / "README.md"
 PRACTICE = ROOT / "docs" / "cast-in-practice.md"
 SWEEP = RESULTS / "smollm2-sweep.json"
+RECOVERY = RESULTS / f"{recovery.NAME}.json"
 HEADLINE = "Llama-3.1-8B"
 
 BEGIN = "<!-- results: written by `python -m bench.render` -->"
@@ -51,6 +52,8 @@ def main() -> None:
     training_render.update_readme(README, trained)
     update_readme(KERNELS_README, kernel_table(linear))
     sweep_render.update_page(PRACTICE, SWEEP)
+    if RECOVERY.exists():
+        recovery.update_page(PRACTICE, RECOVERY)
     print(README, KERNELS_README, PRACTICE, sep="\n")
 
 
