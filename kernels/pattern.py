@@ -12,6 +12,9 @@ import torch
 # The six ways to keep two of four columns, as nibbles of a bitmask.
 _PAIRS = torch.tensor([0b0011, 0b0101, 0b0110, 0b1001, 0b1010, 0b1100], dtype=torch.uint8)
 
+# Integers as wide as a float of so many bytes.
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 def nm_mask(weight: torch.Tensor, *, kept: int = 2, group: int = 4) -> torch.Tensor:
     """Boolean mask of the `kept` largest magnitudes in every `group` columns.
@@ -32,9 +35,11 @@ def nm_mask(weight: torch.Tensor, *, kept: int = 2, group: int = 4) -> torch.Ten
             f"{kept}:{group} needs a matrix whose columns are a multiple of {group}, "
             f"got {list(weight.shape)}"
         )
-    # NaN counts as infinite, so that there is an order.
-    magnitudes = weight.detach().abs().nan_to_num(nan=math.inf, posinf=math.inf)
-    columns = magnitudes.reshape(-1, group).unbind(1)
+    # Bits of positive floats are in the order of their values. NaN, of any payload, is the largest.
+    integer = _BITS[weight.element_size()]
+    infinite = int(torch.tensor(math.inf, dtype=weight.dtype, device="cpu").view(integer))
+    bits = weight.detach().abs().view(integer).clamp_(max=infinite + 1)
+    columns = bits.reshape(-1, group).unbind(1)
     # Every pair is compared: sorting groups of four took 1.4 s for 106 M weights on an H200.
     beaten_by = [torch.zeros_like(column, dtype=torch.uint8) for column in columns]
     for right in range(1, group):
