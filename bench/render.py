@@ -1,6 +1,6 @@
 """Result files to Markdown and PNG, and the tables of README.md and kernels/README.md. No GPU.
 
-python -m bench.render                       every linear-, serve- and train-*.json of bench/results
+python -m bench.render                       the result files of bench/results
 python -m bench.render FILE.json ...         these
 
 What serve-*.json becomes is in bench/serving/render.py, train-*.json in bench/training_render.py,
@@ -21,7 +21,6 @@ from cast_serve.bench.shapes import FLOORS, MODELS, TOKENS
 README = ROOT / "README.md"
 KERNELS_README = ROOT / "kernels" / "README.md"
 PRACTICE = ROOT / "docs" / "cast-in-practice.md"
-SWEEP = RESULTS / "smollm2-sweep.json"
 RECOVERY = RESULTS / f"{recovery.NAME}.json"
 HEADLINE = "Llama-3.1-8B"
 
@@ -42,7 +41,8 @@ def main() -> None:
     linear, served, trained = (
         sorted(RESULTS.glob(f"{name}-*.json")) for name in ("linear", "serve", "train")
     )
-    files = parser.parse_args().files or [*linear, *served, *trained, SWEEP]
+    swept = sorted(RESULTS.glob("*-sweep.json"))
+    files = parser.parse_args().files or [*linear, *served, *trained, *swept]
     if not files:
         parser.error(f"no result file in {RESULTS}; `make bench` on a GPU writes one")
     for file in files:
@@ -51,7 +51,8 @@ def main() -> None:
     serving.update_readme(README, served)
     training_render.update_readme(README, trained)
     update_readme(KERNELS_README, kernel_table(linear))
-    sweep_render.update_page(PRACTICE, SWEEP)
+    for file in swept:
+        sweep_render.update_page(PRACTICE, file)
     if RECOVERY.exists():
         recovery.update_page(PRACTICE, RECOVERY)
     print(README, KERNELS_README, PRACTICE, sep="\n")

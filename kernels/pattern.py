@@ -40,7 +40,7 @@ def nm_mask(weight: torch.Tensor, *, kept: int = 2, group: int = 4) -> torch.Ten
     infinite = int(torch.tensor(math.inf, dtype=weight.dtype, device="cpu").view(integer))
     bits = weight.detach().abs().view(integer).clamp_(max=infinite + 1)
     columns = bits.reshape(-1, group).unbind(1)
-    # Every pair is compared: sorting groups of four took 1.4 s for 106 M weights on an H200.
+    # Every pair is compared: a sort of millions of groups so small is slow.
     beaten_by = [torch.zeros_like(column, dtype=torch.uint8) for column in columns]
     for right in range(1, group):
         for left in range(right):

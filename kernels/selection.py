@@ -81,14 +81,14 @@ def known_plan(problem: Problem) -> Plan | None:
     return None
 
 
+@cache
 def warm_ahead(problem: Problem, device: torch.device) -> None:
     """Begin with `warm(problem, device)` in a thread, while weights are read for it.
 
     `warm` waits for it and raises what it raised. Nothing is begun that has to be timed: what else
     the GPU and the host do meanwhile would be in the times.
     """
-    if (problem, device) not in _begun:
-        _begun[problem, device] = _beside.submit(_warm_if_known, problem, device)
+    _begun[problem, device] = _beside.submit(_warm_if_known, problem, device)
 
 
 def _warm_if_known(problem: Problem, device: torch.device) -> bool:
@@ -110,7 +110,7 @@ def warm(problem: Problem, device: torch.device) -> None:
         As `plan_for`.
     """
     _refuse_capturing(problem)
-    begun = _begun.get((problem, device))
+    begun = _begun.pop((problem, device), None)
     if begun is None or not begun.result():
         _warm(problem, device)
 

@@ -9,14 +9,12 @@ over its state. `cast-bench train` measures both.
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from cast_serve.trainer.config import RunConfig
 from cast_serve.trainer.distill import chunk_tokens
 from cast_serve.trainer.head import returns_its_head
-from cast_serve.trainer.layers import decoder_blocks, layers_of
+from cast_serve.trainer.layers import LayerChoice, blocks_name, decoder_blocks, layers_of
 
 # AdamS reads w, g, mu, nu and a byte of mask and writes w, mu, nu, all fp32.
 _OPTIMIZER_BYTES = 29
@@ -65,7 +63,8 @@ class Shape:
     def of(cls, model: PreTrainedModel, config: RunConfig) -> "Shape":
         """The shape of a dense model, on any device, "meta" too."""
         text = model.config.get_text_config()
-        sparse = [one for one in layers_of(model, config) if one.dense_because is None]
+        linears = layers_of(model, config)
+        sparse = [one for one in linears if one.dense_because is None]
         blocks = [sum(p.numel() for p in block.parameters()) for block in decoder_blocks(model)]
         parameters = sum(p.numel() for p in model.parameters())
         learned = config.scaling_blocks if config.learns_scales else 0
@@ -75,7 +74,7 @@ class Shape:
             sparse=sum(choice.numel for choice in sparse),
             blocks=sum(blocks),
             largest=max(blocks),
-            kept=_kept_of_a_token(model),
+            kept=_kept_of_a_token(model, linears),
             layers=text.num_hidden_layers,
             hidden=text.hidden_size,
             vocabulary=text.vocab_size,
@@ -85,7 +84,7 @@ class Shape:
         )
 
 
-def _kept_of_a_token(model: PreTrainedModel) -> int:
+def _kept_of_a_token(model: PreTrainedModel, linears: list[LayerChoice]) -> int:
     """Values that a block keeps of a token: what its matrix products read and give.
 
     The output of every linear, queries and keys once more as they are rotated, and what linears
@@ -94,17 +93,13 @@ def _kept_of_a_token(model: PreTrainedModel) -> int:
     have 34 bytes a token and hidden dimension for GPT in 16 bits, which are 36 here.
     """
     text = model.config.get_text_config()
-    linears = [
-        (layer.weight.shape if isinstance(layer, nn.Linear) else layer.weight.shape[::-1])
-        for layer in decoder_blocks(model)[0].modules()
-        if isinstance(layer, nn.Linear | Conv1D)
-    ]
-    outputs = sum(rows for rows, _ in linears)
+    block = [one for one in linears if one.name.startswith(f"{blocks_name(model)}.0.")]
+    outputs = sum(one.rows for one in block)
     heads = text.num_attention_heads
     head = getattr(text, "head_dim", None) or text.hidden_size // heads
     queries = heads * head
     keys = (getattr(text, "num_key_value_heads", None) or heads) * head
-    widest = max(columns for _, columns in linears)
+    widest = max(one.columns for one in block)
     return outputs + (queries + keys) + 2 * text.hidden_size + queries + widest
 
 

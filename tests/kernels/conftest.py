@@ -3,7 +3,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from cast_serve.kernels import op, selection
-from cast_serve.kernels.selection import known_plan, plan_for, warm
+from cast_serve.kernels.selection import known_plan, plan_for, warm, warm_ahead
 
 
 @pytest.fixture
@@ -11,7 +11,7 @@ def forget_plans(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]
     """No plan is known and none is forced; call it to forget again."""
 
     def forget() -> None:
-        for cached in (known_plan, plan_for, warm, op.routes):
+        for cached in (known_plan, plan_for, warm, warm_ahead, op.routes):
             cached.cache_clear()
         selection._begun.clear()
 
