@@ -5,6 +5,7 @@ it had besides `common`, and panels, which name the rows that differ in one of t
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,10 @@ from cast_serve.bench.markdown import replace_between, table
 
 BEGIN = "<!-- sweep: written by `python -m bench.render` -->"
 END = "<!-- end of sweep -->"
+
+# Of a band of panels, from above.
+_TEXTS = (("wikitext2_valid_ppl", "WikiText-2"), ("held_out_ppl", "held-out text"))
+_ACROSS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,29 +98,40 @@ def render(file: Path) -> list[Path]:
 
 
 def write_plot(sweep: Sweep, path: Path) -> None:
-    """Above WikiText-2, below the held-out text; a column a panel."""
+    """Four panels side by side: above WikiText-2, below the held-out text."""
     # An optional package (the extra `train`), and slow to import.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.2 * len(sweep.panels), 5.5), layout="constrained")
+    across = min(len(sweep.panels), _ACROSS)
+    bands = math.ceil(len(sweep.panels) / across)
+    figure = Figure(figsize=(3.2 * across, 5.5 * bands), layout="constrained")
     FigureCanvasAgg(figure)
-    above, below = figure.subplots(2, len(sweep.panels), sharey="row", squeeze=False)
-    for panel, texts in zip(sweep.panels, zip(above, below, strict=True), strict=True):
-        for axes, of in zip(texts, ("wikitext2_valid_ppl", "held_out_ppl"), strict=True):
-            for line in panel.lines:
-                values = [value for value, _ in line.points]
-                axes.plot(values, [getattr(run, of) for _, run in line.points], "o-", ms=4)
-            if panel.log:
-                axes.set_xscale("log", base=2)
-                ticks = sorted({value for line in panel.lines for value, _ in line.points})
-                axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=8)
-            axes.grid(alpha=0.3)
-        texts[1].set_xlabel(panel.axis)
-        texts[0].legend([line.label for line in panel.lines], fontsize=8)
-    above[0].set_ylabel("WikiText-2, perplexity")
-    below[0].set_ylabel("held-out text, perplexity")
+    grid = figure.subplots(2 * bands, across, sharey="row", squeeze=False)
+    for row, (of, text) in enumerate(_TEXTS * bands):
+        grid[row][0].set_ylabel(f"{text}, perplexity")
+        for column, axes in enumerate(grid[row]):
+            index = row // len(_TEXTS) * across + column
+            if index < len(sweep.panels):
+                _draw(axes, sweep.panels[index], of)
+            else:
+                axes.set_axis_off()
     figure.savefig(path, dpi=120)
+
+
+def _draw(axes: Any, panel: Panel, of: str) -> None:
+    for line in panel.lines:
+        values = [value for value, _ in line.points]
+        axes.plot(values, [getattr(run, of) for _, run in line.points], "o-", ms=4)
+    if panel.log:
+        axes.set_xscale("log", base=2)
+        ticks = sorted({value for line in panel.lines for value, _ in line.points})
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=8)
+    else:
+        axes.locator_params(axis="x", nbins=5)
+    axes.grid(alpha=0.3)
+    axes.set_xlabel(panel.axis)
+    axes.legend([line.label for line in panel.lines], fontsize=8)
 
 
 def update_page(page: Path, file: Path) -> None:

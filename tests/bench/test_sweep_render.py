@@ -1,6 +1,8 @@
 """A sweep as a plot and a table: what stands there is what was measured."""
 
+import csv
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -43,3 +45,19 @@ def test_a_panel_of_a_run_that_there_is_not(tmp_path):
     (tmp_path / "a-sweep.json").write_text(json.dumps(found))
     with pytest.raises(KeyError, match="another"):
         load(tmp_path / "a-sweep.json")
+
+
+@pytest.mark.parametrize(
+    ("table", "column"),
+    [("held-out", "held_out_ppl"), ("wikitext2", "wikitext2_valid_ppl")],
+)
+def test_the_tables_of_the_scaling_law_are_of_these_runs(table, column):
+    """What docs/scaling-law.md fits: losses in nats, of runs by their name."""
+    runs = {run.name: run for run in load(FILE).runs}
+    with (RESULTS / f"smollm2-law-{table}.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 6
+    for row in rows:
+        run = runs[row["name"]]
+        assert int(row["tokens"]) == run.tokens
+        assert float(row["loss"]) == pytest.approx(math.log(getattr(run, column)), abs=1e-6)

@@ -68,7 +68,8 @@ def workspace(tmp_path) -> Path:
     (tmp_path / "heldout.txt").write_text("\n\n\n".join(story[::7]))
     turns = [{"role": "user", "content": "how was it"}, {"role": "assistant", "content": "fine"}]
     (tmp_path / "chat.jsonl").write_text("\n".join(8 * [json.dumps({"messages": turns})]))
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    for folder in ("examples", "bench"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
     return tmp_path
 
 
