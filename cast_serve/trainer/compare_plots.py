@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cast_serve.trainer.compare_results import Row, number
+from cast_serve.trainer.compare_results import Point, Row, number
 
 
 def write_plots(rows: Sequence[Row], given: Mapping[str, Any], folder: Path) -> None:
@@ -26,13 +26,33 @@ def write_plots(rows: Sequence[Row], given: Mapping[str, Any], folder: Path) -> 
 
 
 def plot_curves(rows: Sequence[Row], path: Path) -> None:
-    """Perplexity against tokens: solid as pruned then, dashed as it trains where that differs."""
+    """Perplexity against tokens: solid as pruned then, dashed as it trains where that differs.
+
+    On the left all of it; on the right the second half of the budget, where the methods that the
+    prune's loss hides on the left come apart.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(12, 5), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    whole, half = figure.subplots(1, 2)
+    for axes in (whole, half):
+        _draw_curves(axes, rows)
+    whole.set(ylabel="perplexity", yscale="log", title="As pruned at that point (dashed: before)")
+    whole.legend(fontsize=8)
+    half.set(title="The second half")
+    late = _second_half(rows)
+    if late:
+        # The dense model as it came is drawn by a line without points.
+        shown = [*(y for _, y in late), rows[0].perplexity_dense]
+        margin = 0.05 * (max(shown) - min(shown))
+        half.set_xlim(min(x for x, _ in late), max(x for x, _ in late) * 1.02)
+        half.set_ylim(min(shown) - margin, max(shown) + margin)
+    figure.savefig(path, dpi=120)
+
+
+def _draw_curves(axes: Any, rows: Sequence[Row]) -> None:
     axes.axhline(rows[0].perplexity_dense, color="grey", lw=1, ls=":", label="untouched, dense")
     colours = _colours(rows)
     for row in rows:
@@ -40,23 +60,27 @@ def plot_curves(rows: Sequence[Row], path: Path) -> None:
         peers = [peer for peer in rows if peer.method == row.method]
         marker = "os^vPX*"[peers.index(row) % 7]
         if not row.curve:
-            axes.plot([0], [row.perplexity], "D", color=colour, label=label, clip_on=False)
+            axes.plot([0], [row.perplexity], "D", color=colour, label=label)
             continue
         tokens = [point.tokens for point in row.curve]
         trained = [point.perplexity for point in row.curve]
-        pruned = [p.perplexity if p.pruned is None else p.pruned for p in row.curve]
+        pruned = [_pruned(point) for point in row.curve]
         axes.plot(tokens, pruned, marker=marker, ms=4, color=colour, label=label)
         if any(abs(a / b - 1) > 0.005 for a, b in zip(trained, pruned, strict=True)):
             axes.plot(tokens, trained, ls="--", lw=1, color=colour)
-    axes.set_yscale("log")
-    axes.set(
-        xlabel="training tokens",
-        ylabel="perplexity",
-        title="Perplexity as pruned at that point (dashed: before the prune)",
-    )
+    axes.set(xlabel="training tokens")
     axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
+
+
+def _second_half(rows: Sequence[Row]) -> list[tuple[int, float]]:
+    """(tokens, perplexity) of the points there; none where nothing was trained."""
+    points = [(point.tokens, _pruned(point)) for row in rows for point in row.curve]
+    most = max((tokens for tokens, _ in points), default=0)
+    return [(tokens, value) for tokens, value in points if 2 * tokens >= most > 0]
+
+
+def _pruned(point: Point) -> float:
+    return point.perplexity if point.pruned is None else point.pruned
 
 
 def plot_final(rows: Sequence[Row], path: Path) -> None:
