@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cast_serve.trainer.compare_results import Point, Row, number
+from cast_serve.trainer.compare_results import DENSE, Point, Row, number
 
 
 def write_plots(rows: Sequence[Row], given: Mapping[str, Any], folder: Path) -> None:
@@ -53,7 +53,7 @@ def plot_curves(rows: Sequence[Row], path: Path) -> None:
 
 
 def _draw_curves(axes: Any, rows: Sequence[Row]) -> None:
-    axes.axhline(rows[0].perplexity_dense, color="grey", lw=1, ls=":", label="untouched, dense")
+    axes.axhline(rows[0].perplexity_dense, color="grey", lw=1, ls=":", label=DENSE)
     colours = _colours(rows)
     for row in rows:
         label, colour = _label(row, rows), colours[row.method]
@@ -94,7 +94,7 @@ def plot_final(rows: Sequence[Row], path: Path) -> None:
     colours, values = _colours(rows), [row.perplexity for row in rows]
     bars = axes.barh(range(len(rows)), values, color=[colours[row.method] for row in rows])
     axes.bar_label(bars, [number(value) for value in values], padding=3, fontsize=8)
-    axes.axvline(rows[0].perplexity_dense, color="grey", lw=1, ls=":", label="untouched, dense")
+    axes.axvline(rows[0].perplexity_dense, color="grey", lw=1, ls=":", label=DENSE)
     if max(values) > 10 * min(values):
         axes.set_xscale("log")
     axes.set_yticks(range(len(rows)), [_label(row, rows) for row in rows])

@@ -18,6 +18,8 @@ from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.journal import read_history
 from cast_serve.trainer.processes import takes_gpu
 
+# The model as it came, in tables and plots.
+DENSE = "untouched, dense"
 _HEAD = ("method", "tokens", "lr", "lambda", "seed", "before the prune", "perplexity")
 
 
@@ -183,7 +185,7 @@ def render(
     """
     varies = any(row.varied for row in rows)
     head = (*_HEAD[:1], "otherwise", *_HEAD[1:]) if varies else _HEAD
-    dense = ["untouched, dense", "0", "", "", "", "", number(rows[0].perplexity_dense)]
+    dense = [DENSE, "0", "", "", "", "", number(rows[0].perplexity_dense)]
     if varies:
         dense.insert(1, "")
     lines = [

@@ -116,6 +116,19 @@ def test_lora(answers_alike, stock, dense, tmp_path):
     assert answer.tokens != stock(json.dumps(COMPILED, sort_keys=True))[0].tokens
 
 
+def test_lora_on_a_second_stream(tmp_path_factory, dense, tmp_path):
+    """vLLM then overlaps kernels of its own, beside linears that overlap theirs."""
+    log = tmp_path_factory.mktemp("streams") / "stderr"
+    settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LORA_ENABLE_DUAL_STREAM": "1"}
+    streams = Engine(log, settings)
+    tiny_models.write_adapter(dense, tmp_path / "adapter")
+    lora = {"enable_lora": True, "max_lora_rank": 8, "adapter": str(tmp_path / "adapter")}
+    try:
+        streams(EXAMPLE, **COMPILED, **lora).assert_close(streams(dense, **COMPILED, **lora))
+    finally:
+        streams.close()
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_tensor_parallel(tmp_path_factory, dense):
     log = tmp_path_factory.mktemp("parallel") / "stderr"

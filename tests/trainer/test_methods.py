@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import resource
+import signal
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from cast_serve.trainer.journal import read_history
 from cast_serve.trainer.layers import choose_layers
 from cast_serve.trainer.methods import METHODS, method_of
 from cast_serve.trainer.methods.start import prune_at_start
+from cast_serve.trainer.methods.untrained import prune_without_training
 from cast_serve.trainer.preview import preview, pruned
 from cast_serve.trainer.source import load_source
 
@@ -288,3 +291,22 @@ def test_one_shot_method_that_prunes_other_layers(make_config):
 def test_options_that_a_method_would_ignore(make_config, changes, message):
     with pytest.raises(RunError, match=message):
         make_config(**changes)
+
+
+def test_full_disk_after_a_one_shot_prune(make_config):
+    """What is large is not written in part, and one line says what to do."""
+    config = make_config(**settings("fixed-mask"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signalled = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(RunError, match=r"cannot write .*out \(.*\); make room and start it"):
+            prune_without_training(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, signalled)
+    assert not config.output.exists()
+    prune_without_training(config)
+    record = json.loads((config.output / "cast.json").read_text())
+    assert record["method"] == "one-shot magnitude"
+    assert record["versions"].keys() == {"cast-serve", "torch", "transformers"}

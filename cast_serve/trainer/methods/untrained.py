@@ -4,12 +4,18 @@ import shutil
 
 from cast_serve.trainer.config import RunConfig
 from cast_serve.trainer.data import hub_commits
-from cast_serve.trainer.evaluate import mean_loss, to_perplexity
-from cast_serve.trainer.export import publish, write_training_form
+from cast_serve.trainer.evaluate import mean_loss
+from cast_serve.trainer.export import (
+    TRAINING_FORM,
+    output_errors,
+    publish,
+    write_training_form,
+)
 from cast_serve.trainer.layers import layers_of
 from cast_serve.trainer.methods import method_of
 from cast_serve.trainer.methods.start import CALIBRATION_SEQUENCES
 from cast_serve.trainer.processes import takes_gpu
+from cast_serve.trainer.provenance import of_one_shot
 from cast_serve.trainer.run_dir import Fixed, write_run
 from cast_serve.trainer.source import context_length, load_source
 from cast_serve.trainer.train import load_text, make_stream
@@ -22,7 +28,7 @@ def prune_without_training(config: RunConfig) -> None:
         config: of method fixed-mask; its budget is not used.
 
     Raises:
-        RunError: as train.run.
+        RunError: as train.run; the output cannot be written.
     """
     source = load_source(config.model)
     model = source.model
@@ -46,32 +52,24 @@ def prune_without_training(config: RunConfig) -> None:
     sample = make_stream(config, corpus, length=CALIBRATION_SEQUENCES)
     method_of(config).add_layers(model, layers, sample, resumed=False)
     loss = mean_loss(model, corpus.evaluation)
-    training_form = config.run_dir / "training-form"
-    shutil.rmtree(training_form, ignore_errors=True)
-    write_training_form(
-        model,
-        model.state_dict(),
-        source.folder,
-        training_form,
-        pattern=config.pattern,
-        ignore=[layer.name for layer in layers if layer.dense_because],
-    )
-    dtype = source.output_dtype(config.dtype)
-    provenance = {
-        "method": f"one-shot {config.initial_mask}",
-        "teacher": config.model.resolve().name,
-        "sparsity": config.pattern,
-        "data": {"files": [source.name for source in config.data], "sha256": corpus.sha256},
-        "tokens": 0,
-        "context": context,
-        "seed": config.seed,
-        "evaluation": {
-            "on": corpus.evaluated_on,
-            "tokens": corpus.evaluation.numel(),
-            "context": context,
-            "perplexity_dense": to_perplexity(dense),
-            "perplexity_after_prune": to_perplexity(loss),
-        },
-    }
-    publish(model, model.state_dict(), training_form, config, dtype=dtype, provenance=provenance)
-    shutil.rmtree(training_form)
+    provenance = of_one_shot(config, corpus, fixed, after=loss)
+    training_form = config.run_dir / TRAINING_FORM
+    with output_errors(config, "make room and start it again"):
+        shutil.rmtree(training_form, ignore_errors=True)
+        write_training_form(
+            model,
+            model.state_dict(),
+            source.folder,
+            training_form,
+            pattern=config.pattern,
+            ignore=[layer.name for layer in layers if layer.dense_because],
+        )
+        publish(
+            model,
+            model.state_dict(),
+            training_form,
+            config,
+            dtype=source.output_dtype(config.dtype),
+            provenance=provenance,
+        )
+        shutil.rmtree(training_form)
