@@ -11,7 +11,8 @@ from types import UnionType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from cast_serve.trainer.commands import COMMANDS
-from cast_serve.trainer.config import RunConfig, key_of
+from cast_serve.trainer.config import RunConfig
+from cast_serve.trainer.config_checks import key_of
 from cast_serve.trainer.data_source import DataSource
 from cast_serve.trainer.errors import RunError
 

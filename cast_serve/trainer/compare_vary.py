@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import get_type_hints
 
-from cast_serve.trainer.config import RunConfig, key_of
+from cast_serve.trainer.config import RunConfig
+from cast_serve.trainer.config_checks import key_of
 from cast_serve.trainer.errors import RunError
 
 _GROUPS = ("method", "budget", "optimizer")

@@ -8,7 +8,8 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from cast_serve.trainer.data_source import DataSource, shares
+from cast_serve.trainer.config_checks import check, key_of
+from cast_serve.trainer.data_source import DataSource
 from cast_serve.trainer.errors import RunError
 
 # Travel (docs/method.md, AdamS, 3): sum_t lr_t * a_t / mean |masked w|. Below the first the final
@@ -263,24 +264,7 @@ class RunConfig:
     )
 
     def __post_init__(self) -> None:
-        self.nm  # noqa: B018  parsing is the check
-        self._check_budget()
-        self._check_ranges()
-        self._check_method()
-        if not self.data:
-            raise RunError("data: no file given")
-        shares(self.data)
-        weighted = [source.place for source in self.eval_data if source.weight is not None]
-        if weighted:
-            raise RunError(f"eval_data: {weighted[0]} has a weight; evaluation reads all of it")
-        if self.output.name in ("", ".."):
-            raise RunError(f"output: {self.output} names no new folder; give one, such as ./sparse")
-        if self.eval_data and self.held_out != type(self).held_out and self.held_out > 0:
-            raise RunError("held_out: eval_data is evaluated on instead; give one of the two")
-
-        self._check_graph()
-        if self.offload and self.parallel != "fsdp":
-            raise RunError("offload: needs parallel=fsdp, which moves weights to the GPU in turn")
+        check(self)
 
     @property
     def nm(self) -> Pattern:
@@ -321,94 +305,6 @@ class RunConfig:
             for f in fields(cls)
             if f.metadata["identity"] and f.default is not MISSING
         }
-
-    def _check_budget(self) -> None:
-        given = [key for key in ("steps", "epochs", "tokens") if getattr(self, key) is not None]
-        if len(given) > 1:
-            raise RunError(f"{given[1]}: {given[0]} is given too; the budget is one of the two")
-
-    def _check_ranges(self) -> None:
-        at_least_one = "steps tokens batch_size gradient_accumulation scaling_blocks mask_interval"
-        at_least_one += " teacher_top_k"
-        for key in (*at_least_one.split(), "save_steps", "save_limit", "log_steps"):
-            _require(key, getattr(self, key), lambda v: v >= 1, "at least 1")
-        _require("context", self.context, lambda v: v >= 2, "at least 2")
-        above_zero = "epochs lr lambda_ temperature eps loss_limit eval_steps"
-        for key in above_zero.split():
-            _require(key, getattr(self, key), lambda v: 0 < v < float("inf"), "above 0")
-        for key in ("eta", "lr_floor"):
-            _require(key, getattr(self, key), lambda v: 0 <= v <= 1, "from 0 to 1")
-        for key in ("warmup", "beta1", "beta2", "held_out"):
-            _require(key, getattr(self, key), lambda v: 0 <= v < 1, "from 0 to below 1")
-        _require("decay_ramp", self.decay_ramp, lambda v: 0 < v <= 1, "above 0 and at most 1")
-        _require("masked_rate", self.masked_rate, lambda v: 1 <= v < float("inf"), "1 or more")
-        whole_or_share = "a whole number or a share below 1"
-        _require("eval_steps", self.eval_steps, lambda v: v < 1 or v % 1 == 0, whole_or_share)
-        _require("clip", self.clip, lambda v: 0 <= v < float("inf"), "0 or more")
-        _require("seed", self.seed, lambda v: 0 <= v < 2**32, "from 0 to below 2^32")
-        if self.loss == "liger" and self.teacher == "cached":
-            raise RunError(
-                "loss: liger needs the teacher's hidden states and teacher is cached; "
-                "use chunked, or teacher: resident"
-            )
-        if self.teacher == "cached" and self.document_attention:
-            raise RunError(
-                "teacher: cached sees blocks as a whole; with document_attention use another"
-            )
-        if self.teacher == "cached" and self.parallel == "fsdp":
-            raise RunError("teacher: cached needs parallel=ddp; use offload with fsdp")
-
-    def _check_graph(self) -> None:
-        """Refuse what cannot be recorded as a CUDA graph."""
-        if not self.cuda_graph:
-            return
-        if self.device == "cpu":
-            raise RunError("cuda_graph: needs an NVIDIA GPU, and device is cpu")
-        if self.gradient_checkpointing:
-            raise RunError(
-                "cuda_graph: gradient_checkpointing reads the GPU's random state in every pass, "
-                "which a graph cannot; use one of the two"
-            )
-        if self.document_attention:
-            raise RunError(
-                "cuda_graph: document_attention looks at every batch on the host; use one of the "
-                "two"
-            )
-        if self.teacher == "offload":
-            raise RunError("cuda_graph: a teacher in host memory cannot be recorded; use resident")
-
-    def _check_method(self) -> None:
-        """Refuse what the method would ignore, or cannot do."""
-        for key in ("decay_ramp", "masked_rate"):
-            if getattr(self, key) != 1 and self.method != "cast":
-                raise RunError(f"{key}: is of method cast, not {self.method}; leave it out")
-        if self.mask_metric != "magnitude" and self.method != "cast":
-            raise RunError(f"mask_metric: is of method cast, not {self.method}; leave it out")
-        if self.mask_metric != "magnitude" and self.parallel == "fsdp":
-            raise RunError(
-                "mask_metric: activation runs the whole dense model on one device before training, "
-                "and parallel=fsdp is for models without room there; use magnitude"
-            )
-        if self.parallel == "fsdp" and self.method != "cast":
-            raise RunError(f"parallel: method {self.method} runs with ddp alone")
-        if self.lambda_ is not None and self.method in ("dense", "fixed-mask"):
-            raise RunError(f"lambda: method {self.method} has no decay; leave it out")
-        if self.initial_mask != "magnitude" and self.method != "fixed-mask":
-            raise RunError(f"initial_mask: method {self.method} starts dense; use fixed-mask")
-        if self.export == "training" and self.method != "cast":
-            raise RunError(
-                f"export: the training form is of method cast, not {self.method}; use packed, dense"
-            )
-
-
-def key_of(name: str) -> str:
-    """YAML key of a field: `lambda_` is written `lambda`."""
-    return name.rstrip("_")
-
-
-def _require(name: str, value: Any, holds: Any, wanted: str) -> None:
-    if value is not None and not holds(value):
-        raise RunError(f"{key_of(name)}: {value} is out of range; it must be {wanted}")
 
 
 def _plain(value: Any) -> Any:

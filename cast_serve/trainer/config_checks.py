@@ -1,0 +1,135 @@
+"""What a RunConfig must hold: each value in its range, and no two that contradict each other.
+
+A value that a run would ignore is refused, too: who gave it expects something of it.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from cast_serve.trainer.data_source import shares
+from cast_serve.trainer.errors import RunError
+
+if TYPE_CHECKING:
+    from cast_serve.trainer.config import RunConfig
+
+
+def check(config: "RunConfig") -> None:
+    """Refuse what cannot be.
+
+    Raises:
+        RunError: names the key, what it is, and what it may be.
+    """
+    config.nm  # noqa: B018  parsing is the check
+    _check_budget(config)
+    _check_ranges(config)
+    _check_teacher(config)
+    _check_method(config)
+    _check_files(config)
+    _check_graph(config)
+    if config.offload and config.parallel != "fsdp":
+        raise RunError("offload: needs parallel=fsdp, which moves weights to the GPU in turn")
+
+
+def key_of(name: str) -> str:
+    """YAML key of a field: `lambda_` is written `lambda`."""
+    return name.rstrip("_")
+
+
+def _check_budget(config: "RunConfig") -> None:
+    given = [key for key in ("steps", "epochs", "tokens") if getattr(config, key) is not None]
+    if len(given) > 1:
+        raise RunError(f"{given[1]}: {given[0]} is given too; the budget is one of the two")
+
+
+def _check_ranges(config: "RunConfig") -> None:
+    def require(keys: str, holds: Any, wanted: str) -> None:
+        for key in keys.split():
+            value = getattr(config, key)
+            if value is not None and not holds(value):
+                raise RunError(f"{key_of(key)}: {value} is out of range; it must be {wanted}")
+
+    counts = "steps tokens batch_size gradient_accumulation scaling_blocks mask_interval"
+    require(f"{counts} teacher_top_k", lambda v: v >= 1, "at least 1")
+    require("save_steps save_limit log_steps", lambda v: v >= 1, "at least 1")
+    require("context", lambda v: v >= 2, "at least 2")
+    above_zero = "epochs lr lambda_ temperature eps loss_limit eval_steps"
+    require(above_zero, lambda v: 0 < v < float("inf"), "above 0")
+    require("eta lr_floor", lambda v: 0 <= v <= 1, "from 0 to 1")
+    require("warmup beta1 beta2 held_out", lambda v: 0 <= v < 1, "from 0 to below 1")
+    require("decay_ramp", lambda v: 0 < v <= 1, "above 0 and at most 1")
+    require("masked_rate", lambda v: 1 <= v < float("inf"), "1 or more")
+    whole_or_share = "a whole number or a share below 1"
+    require("eval_steps", lambda v: v < 1 or v % 1 == 0, whole_or_share)
+    require("clip", lambda v: 0 <= v < float("inf"), "0 or more")
+    require("seed", lambda v: 0 <= v < 2**32, "from 0 to below 2^32")
+
+
+def _check_teacher(config: "RunConfig") -> None:
+    if config.teacher != "cached":
+        return
+    if config.loss == "liger":
+        raise RunError(
+            "loss: liger needs the teacher's hidden states and teacher is cached; "
+            "use chunked, or teacher: resident"
+        )
+    if config.document_attention:
+        raise RunError(
+            "teacher: cached sees blocks as a whole; with document_attention use another"
+        )
+    if config.parallel == "fsdp":
+        raise RunError("teacher: cached needs parallel=ddp; use offload with fsdp")
+
+
+def _check_method(config: "RunConfig") -> None:
+    method = config.method
+    for key in ("decay_ramp", "masked_rate"):
+        if getattr(config, key) != 1 and method != "cast":
+            raise RunError(f"{key}: is of method cast, not {method}; leave it out")
+    if config.mask_metric != "magnitude" and method != "cast":
+        raise RunError(f"mask_metric: is of method cast, not {method}; leave it out")
+    if config.mask_metric != "magnitude" and config.parallel == "fsdp":
+        raise RunError(
+            "mask_metric: activation runs the whole dense model on one device before training, "
+            "and parallel=fsdp is for models without room there; use magnitude"
+        )
+    if config.parallel == "fsdp" and method != "cast":
+        raise RunError(f"parallel: method {method} runs with ddp alone")
+    if config.lambda_ is not None and method in ("dense", "fixed-mask"):
+        raise RunError(f"lambda: method {method} has no decay; leave it out")
+    if config.initial_mask != "magnitude" and method != "fixed-mask":
+        raise RunError(f"initial_mask: method {method} starts dense; use fixed-mask")
+    if config.export == "training" and method != "cast":
+        raise RunError(
+            f"export: the training form is of method cast, not {method}; use packed, dense"
+        )
+
+
+def _check_files(config: "RunConfig") -> None:
+    if not config.data:
+        raise RunError("data: no file given")
+    shares(config.data)
+    weighted = [source.place for source in config.eval_data if source.weight is not None]
+    if weighted:
+        raise RunError(f"eval_data: {weighted[0]} has a weight; evaluation reads all of it")
+    if config.output.name in ("", ".."):
+        raise RunError(f"output: {config.output} names no new folder; give one, such as ./sparse")
+    if config.eval_data and config.held_out != type(config).held_out and config.held_out > 0:
+        raise RunError("held_out: eval_data is evaluated on instead; give one of the two")
+
+
+def _check_graph(config: "RunConfig") -> None:
+    """Refuse what cannot be recorded as a CUDA graph."""
+    if not config.cuda_graph:
+        return
+    if config.device == "cpu":
+        raise RunError("cuda_graph: needs an NVIDIA GPU, and device is cpu")
+    if config.gradient_checkpointing:
+        raise RunError(
+            "cuda_graph: gradient_checkpointing reads the GPU's random state in every pass, "
+            "which a graph cannot; use one of the two"
+        )
+    if config.document_attention:
+        raise RunError(
+            "cuda_graph: document_attention looks at every batch on the host; use one of the two"
+        )
+    if config.teacher == "offload":
+        raise RunError("cuda_graph: a teacher in host memory cannot be recorded; use resident")
