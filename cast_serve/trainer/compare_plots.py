@@ -5,6 +5,7 @@ final.png        of the written models, as bars
 varied.png       with --vary: what each value of a flag gave, a panel a flag that is a number
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,10 +74,11 @@ def _draw_curves(axes: Any, rows: Sequence[Row]) -> None:
 
 
 def _second_half(rows: Sequence[Row]) -> list[tuple[int, float]]:
-    """(tokens, perplexity) of the points there; none where nothing was trained."""
+    """(tokens, perplexity) of the points there that an axis can hold; a ruined run has others."""
     points = [(point.tokens, _pruned(point)) for row in rows for point in row.curve]
     most = max((tokens for tokens, _ in points), default=0)
-    return [(tokens, value) for tokens, value in points if 2 * tokens >= most > 0]
+    late = ((tokens, value) for tokens, value in points if 2 * tokens >= most > 0)
+    return [(tokens, value) for tokens, value in late if math.isfinite(value)]
 
 
 def _pruned(point: Point) -> float:

@@ -1,6 +1,7 @@
 """cast-train compare: what runs, what is kept, and that the table holds what was written."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from cast_serve.trainer import compare
 from cast_serve.trainer.compare import METHODS, parse_jobs
-from cast_serve.trainer.compare_plots import lines_of
+from cast_serve.trainer.compare_plots import lines_of, plot_curves
 from cast_serve.trainer.compare_results import Point, Row, render
 from cast_serve.trainer.data import load_corpus
 from cast_serve.trainer.data_source import DataSource
@@ -318,3 +319,26 @@ def test_methods_of_the_command_are_those_of_the_trainer():
     from cast_serve.trainer.methods import METHODS as trained
 
     assert set(compare.TRAINED) == set(trained)
+
+
+def test_plot_of_a_run_that_was_ruined(tmp_path):
+    """Its perplexity may overflow."""
+    curve = (
+        Point(tokens=0, perplexity=9.0, pruned=90.0),
+        Point(tokens=1024, perplexity=30.0, pruned=math.inf),
+        Point(tokens=2048, perplexity=20.0, pruned=21.0),
+    )
+    row = Row(
+        method="cast",
+        checkpoint="cast-seed0",
+        tokens=2048,
+        lr=0.1,
+        lambda_=None,
+        seed=0,
+        perplexity_dense=9.0,
+        perplexity_before_prune=20.0,
+        perplexity=21.0,
+        curve=curve,
+    )
+    plot_curves([row], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
