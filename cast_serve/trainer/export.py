@@ -33,17 +33,24 @@ _FORMAT_VERSION = 1
 
 
 @contextmanager
-def output_errors(config: RunConfig, advice: str) -> Iterator[None]:
+def output_errors(config: RunConfig, *, trained: bool) -> Iterator[None]:
     """Raise RunError where the disk is full or a folder cannot be written.
 
     Args:
-        advice: what to do then.
+        trained: there is a finished training to write again.
     """
     try:
         yield
     except (OSError, SafetensorError, CheckpointError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise RunError(f"output: cannot write {config.output} ({reason}); {advice}") from error
+        if trained:
+            raise RunError(
+                f"output: cannot write {config.output} ({reason}); the training is done and saved: "
+                "make room and write it with --resume"
+            ) from error
+        raise RunError(
+            f"output: cannot write {config.output} ({reason}); make room and start it again"
+        ) from error
 
 
 def write_training_form(

@@ -28,8 +28,6 @@ from cast_serve.trainer.provenance import of_training
 from cast_serve.trainer.run_dir import Fixed
 from cast_serve.trainer.source import Source
 
-_SAVED = "the training is done and saved: make room and write it with --resume"
-
 
 def finish(
     config: RunConfig,
@@ -78,7 +76,7 @@ def _write_training_form(
 ) -> None:
     """Write the unpruned model, of which all forms of output are made."""
     target = config.run_dir / TRAINING_FORM
-    with output_errors(config, _SAVED):
+    with output_errors(config, trained=True):
         shutil.rmtree(target, ignore_errors=True)
         write_training_form(
             source.model,
@@ -98,7 +96,7 @@ def _export(
 ) -> None:
     """Write config.output, and the plots of the run."""
     training_form = config.run_dir / TRAINING_FORM
-    with output_errors(config, _SAVED):
+    with output_errors(config, trained=True):
         publish(
             source.model,
             pruned,

@@ -46,9 +46,7 @@ def of_training(
         "teacher_top_k": config.teacher_top_k if config.teacher == "cached" else None,
         "document_attention": config.document_attention,
         "seed": config.seed,
-        "evaluation": _evaluation(
-            corpus, fixed, dense=fixed.dense_loss, before_prune=before, after_prune=after
-        ),
+        "evaluation": _evaluation(corpus, fixed, before_prune=before, after_prune=after),
         "versions": _versions(),
     }
 
@@ -65,7 +63,7 @@ def of_one_shot(config: RunConfig, corpus: Corpus, fixed: Fixed, *, after: float
         "tokens": 0,
         "context": fixed.context,
         "seed": config.seed,
-        "evaluation": _evaluation(corpus, fixed, dense=fixed.dense_loss, after_prune=after),
+        "evaluation": _evaluation(corpus, fixed, after_prune=after),
         "versions": _versions(),
     }
 
@@ -88,6 +86,7 @@ def _evaluation(corpus: Corpus, fixed: Fixed, **losses: float) -> dict[str, Any]
         "on": corpus.evaluated_on,
         "tokens": corpus.evaluation.numel(),
         "context": fixed.context,
+        "perplexity_dense": to_perplexity(fixed.dense_loss),
         **{f"perplexity_{name}": to_perplexity(loss) for name, loss in losses.items()},
     }
 

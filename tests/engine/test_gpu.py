@@ -109,20 +109,23 @@ def test_answers_alike(answers_alike, options):
     answers_alike(**options)
 
 
-def test_lora(answers_alike, stock, dense, tmp_path):
+@pytest.fixture
+def lora(dense, tmp_path) -> dict[str, Any]:
+    """Options of an engine that answers with an adapter."""
     tiny_models.write_adapter(dense, tmp_path / "adapter")
-    lora = {"enable_lora": True, "max_lora_rank": 8, "adapter": str(tmp_path / "adapter")}
+    return {"enable_lora": True, "max_lora_rank": 8, "adapter": str(tmp_path / "adapter")}
+
+
+def test_lora(answers_alike, stock, lora):
     answer = answers_alike(**COMPILED, **lora)
     assert answer.tokens != stock(json.dumps(COMPILED, sort_keys=True))[0].tokens
 
 
-def test_lora_on_a_second_stream(tmp_path_factory, dense, tmp_path):
+def test_lora_on_a_second_stream(tmp_path_factory, dense, lora):
     """vLLM then overlaps kernels of its own, beside linears that overlap theirs."""
     log = tmp_path_factory.mktemp("streams") / "stderr"
     settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LORA_ENABLE_DUAL_STREAM": "1"}
     streams = Engine(log, settings)
-    tiny_models.write_adapter(dense, tmp_path / "adapter")
-    lora = {"enable_lora": True, "max_lora_rank": 8, "adapter": str(tmp_path / "adapter")}
     try:
         streams(EXAMPLE, **COMPILED, **lora).assert_close(streams(dense, **COMPILED, **lora))
     finally:

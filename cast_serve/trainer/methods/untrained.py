@@ -54,7 +54,7 @@ def prune_without_training(config: RunConfig) -> None:
     loss = mean_loss(model, corpus.evaluation)
     provenance = of_one_shot(config, corpus, fixed, after=loss)
     training_form = config.run_dir / TRAINING_FORM
-    with output_errors(config, "make room and start it again"):
+    with output_errors(config, trained=False):
         shutil.rmtree(training_form, ignore_errors=True)
         write_training_form(
             model,
