@@ -27,6 +27,7 @@ from cast_serve.trainer.arguments import Parser, parse
 from cast_serve.trainer.compare_evaluation import UNTOUCHED, Questions, evaluate_once
 from cast_serve.trainer.compare_vary import Variation, parse_variations
 from cast_serve.trainer.config import RunConfig
+from cast_serve.trainer.config_checks import ignored_by
 from cast_serve.trainer.errors import RunError
 
 ONE_SHOT = ("magnitude", "wanda", "sparsegpt")
@@ -269,11 +270,9 @@ def _job(
     parts += [variation.name] if variation is not None else []
     config = replace(
         base,
+        # What is not of the method, it refuses.
+        **ignored_by(trained, base),
         method=trained,
-        # Of cast alone; the other methods refuse it.
-        decay_ramp=base.decay_ramp if trained == "cast" else 1.0,
-        masked_rate=base.masked_rate if trained == "cast" else 1.0,
-        mask_metric=base.mask_metric if trained == "cast" else "magnitude",
         initial_mask=mask or "magnitude",
         lr=lr,
         lambda_=decay,

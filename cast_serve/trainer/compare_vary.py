@@ -8,13 +8,12 @@ from dataclasses import dataclass, fields
 from typing import get_type_hints
 
 from cast_serve.trainer.config import RunConfig
-from cast_serve.trainer.config_checks import key_of
+from cast_serve.trainer.config_checks import METHODS_OF, key_of
 from cast_serve.trainer.errors import RunError
 
 _GROUPS = ("method", "budget", "optimizer")
 # Named by flags of compare's own, or what runs must share to be compared.
 _FIXED = ("method", "initial_mask", "lr", "lambda", "pattern", "context")
-_OF_CAST = ("decay_ramp", "masked_rate", "mask_metric")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +50,13 @@ def parse_variations(texts: Sequence[str], methods: Sequence[str]) -> list[Varia
             raise RunError(f"vary: {text!r} gives no values; write --vary {key}=VALUE,VALUE")
         if key not in _keys():
             raise RunError(f"vary: {key!r} cannot be varied; known: {', '.join(_keys())}")
-        if key in _OF_CAST and set(methods) - {"cast"}:
-            others = ", ".join(method for method in methods if method != "cast")
-            raise RunError(f"vary: {key} is of cast alone, not of {others}; give --methods cast")
+        of = METHODS_OF.get(key)
+        others = [m for m in methods if of is not None and m.partition(":")[0] not in of]
+        if of is not None and others:
+            raise RunError(
+                f"vary: {key} is of {', '.join(of)} alone, not of {', '.join(others)}; give "
+                f"--methods {','.join(of)}"
+            )
         found += [Variation(key=key, value=value) for value in values.split(",")]
     if len(set(found)) < len(found):
         raise RunError("vary: a value is given twice")

@@ -3,6 +3,7 @@
 A value that a run would ignore is refused, too: who gave it expects something of it.
 """
 
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from cast_serve.trainer.data_source import shares
@@ -10,6 +11,13 @@ from cast_serve.trainer.errors import RunError
 
 if TYPE_CHECKING:
     from cast_serve.trainer.config import RunConfig
+
+# Keys that some methods alone look at, and which those are.
+METHODS_OF = {
+    "decay_ramp": ("cast",),
+    "masked_rate": ("cast",),
+    "mask_metric": ("cast", "sr-ste", "ast"),
+}
 
 
 def check(config: "RunConfig") -> None:
@@ -27,6 +35,12 @@ def check(config: "RunConfig") -> None:
     _check_graph(config)
     if config.offload and config.parallel != "fsdp":
         raise RunError("offload: needs parallel=fsdp, which moves weights to the GPU in turn")
+
+
+def ignored_by(method: str, config: "RunConfig") -> dict[str, Any]:
+    """Keys that are not of `method`, each with its default."""
+    defaults = {option.name: option.default for option in fields(config)}
+    return {key: defaults[key] for key, of in METHODS_OF.items() if method not in of}
 
 
 def key_of(name: str) -> str:
@@ -81,11 +95,10 @@ def _check_teacher(config: "RunConfig") -> None:
 
 def _check_method(config: "RunConfig") -> None:
     method = config.method
-    for key in ("decay_ramp", "masked_rate"):
-        if getattr(config, key) != 1 and method != "cast":
-            raise RunError(f"{key}: is of method cast, not {method}; leave it out")
-    if config.mask_metric != "magnitude" and method != "cast":
-        raise RunError(f"mask_metric: is of method cast, not {method}; leave it out")
+    for key, default in ignored_by(method, config).items():
+        if getattr(config, key) != default:
+            of = ", ".join(METHODS_OF[key])
+            raise RunError(f"{key}: is of method {of}, not {method}; leave it out")
     if config.mask_metric != "magnitude" and config.parallel == "fsdp":
         raise RunError(
             "mask_metric: activation runs the whole dense model on one device before training, "

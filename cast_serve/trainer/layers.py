@@ -69,12 +69,17 @@ class ScaledLayer(nn.Module):
         self.register_buffer("importance", norms, persistent=False)
 
     @torch.no_grad()
-    def prune_(self, pattern: Pattern) -> None:
-        """W <- W * M, in place."""
+    def wanted_mask(self, pattern: Pattern) -> torch.Tensor:
+        """The mask (Eq. 6) of the weight as it is now, in its layout; of the shard here."""
         # A sharded weight holds whole groups and the rows of its scales (parallel.py).
         weight = local(self.weight.detach())
         ranked = weight if self.importance is None else weight * self.importance
-        weight.masked_fill_(~weight_mask(ranked, pattern, input_dim=self.input_dim), 0)
+        return weight_mask(ranked, pattern, input_dim=self.input_dim)
+
+    @torch.no_grad()
+    def prune_(self, pattern: Pattern) -> None:
+        """W <- W * M, in place."""
+        local(self.weight.detach()).masked_fill_(~self.wanted_mask(pattern), 0)
 
     @torch.no_grad()
     def prune_and_fold_(self, pattern: Pattern) -> None:

@@ -276,11 +276,24 @@ def rows_with_points(rows):
             ["--vary", "masked-rate=4"],
             "vary: masked_rate is of cast alone, not of dense, fixed-mask",
         ),
+        (
+            ["--vary", "mask-metric=activation", "--methods", "ast,fixed-mask:wanda"],
+            "of cast, sr-ste, ast alone, not of fixed-mask:wanda; give --methods cast,sr-ste,ast",
+        ),
     ],
 )
 def test_flags_that_are_refused(given, message):
     with pytest.raises(RunError, match=message):
         jobs(*given)
+
+
+def test_methods_are_given_what_is_of_them():
+    found = jobs("--mask-metric", "activation", "--decay-ramp", "0.1", "--masked-rate", "4")
+    given = {job.method: job.config for job in found}
+    with_metric = {name for name, config in given.items() if config.mask_metric == "activation"}
+    assert with_metric == {"cast", "sr-ste", "ast"}
+    assert {name for name, config in given.items() if config.decay_ramp == 0.1} == {"cast"}
+    assert {name for name, config in given.items() if config.masked_rate == 4} == {"cast"}
 
 
 def test_a_rate_in_yaml_is_refused(tmp_path):

@@ -17,6 +17,8 @@ from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.gradient import Gradient
 from cast_serve.trainer.importance import measure, set_importance
 from cast_serve.trainer.layers import ScaledConv1D, ScaledLinear, add_scales, choose_layers
+from cast_serve.trainer.methods.adamw import MaskedAdamW
+from cast_serve.trainer.methods.layers import MaskedConv1D, MaskedLinear
 from cast_serve.trainer.optim import AdamS
 from cast_serve.trainer.preview import pruned
 from cast_serve.trainer.run_dir import IMPORTANCE
@@ -88,8 +90,32 @@ def test_optimizer_masks_by_them(transposed):
         assert torch.equal(found, mask)
 
 
-def test_a_run_ends_with_their_masks(make_config):
-    config = make_config(mask_metric="activation", allow_short_travel=True)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_masked_layer_and_its_optimizer_have_them(transposed):
+    scaled_form, norms, mask = scaled(transposed)
+    kind, shape = (MaskedConv1D, (6, 8)) if transposed else (MaskedLinear, (8, 6))
+    plain = Conv1D(*shape) if transposed else nn.Linear(*shape, bias=False)
+    plain.weight.data = scaled_form.weight.detach().clone()
+    layer = kind(plain, blocks=2, pattern=TWO_OF_FOUR, straight_through=True, learn_scale=False)
+    layer.set_importance(norms)
+    assert torch.equal(layer.mask, mask)
+    assert torch.equal(layer.scaled_weight() != 0, mask)
+
+    optimizer = MaskedAdamW(nn.Sequential(layer), lr=0.1, mask_interval=1)
+    layer.weight.grad = torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(1))
+    optimizer.step()
+    weight = layer.weight.detach().t() if transposed else layer.weight.detach()
+    found = layer.mask.t() if transposed else layer.mask
+    assert torch.equal(found, nm_mask(weight * norms, kept=2, group=4))
+    assert not torch.equal(layer.mask, mask), "the step has moved none"
+
+
+@pytest.mark.parametrize("method", ["cast", "ast", "sr-ste"])
+def test_a_run_ends_with_their_masks(make_config, method):
+    form = "training" if method == "cast" else "dense"
+    config = make_config(
+        method=method, mask_metric="activation", allow_short_travel=True, export=form
+    )
     run(config, QUIET)
     norms = load_file(config.run_dir / IMPORTANCE)
     weights = load_file(config.output / "model.safetensors")
@@ -114,8 +140,10 @@ def plain_mask(config, name):
     return nm_mask(weight, kept=2, group=4)
 
 
-def test_a_resumed_run_has_the_same(make_config, monkeypatch):
+@pytest.mark.parametrize("method", ["cast", "ast"])
+def test_a_resumed_run_has_the_same(make_config, monkeypatch, method):
     changes = {"mask_metric": "activation", "allow_short_travel": True, "save_steps": 4}
+    changes |= {"method": method, "export": "training" if method == "cast" else "dense"}
     config = make_config(**changes)
     run(replace(config, output=config.output.with_name("straight")), QUIET)
     compute, calls = Gradient.accumulate, []
@@ -158,7 +186,10 @@ def test_inputs_that_are_not_finite(tiny_models):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "ast", "export": "dense"}, "mask_metric: is of method cast, not ast"),
+        (
+            {"method": "fixed-mask", "lambda_": None, "export": "dense"},
+            "mask_metric: is of method cast, sr-ste, ast, not fixed-mask; leave it out",
+        ),
         ({"parallel": "fsdp"}, "mask_metric: activation runs the whole dense model"),
     ],
 )

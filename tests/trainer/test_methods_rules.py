@@ -48,7 +48,7 @@ def masked(layer: nn.Module, *, straight_through: bool, learn_scale: bool = Fals
 
 
 def adamw(layer: nn.Module, **options: object) -> MaskedAdamW:
-    return MaskedAdamW(nn.Sequential(layer), lr=LR, pattern=NM, betas=BETAS, eps=EPS, **options)
+    return MaskedAdamW(nn.Sequential(layer), lr=LR, betas=BETAS, eps=EPS, **options)
 
 
 @pytest.fixture

@@ -4,7 +4,8 @@ For t = 1..T, with w the dense weight and m the mask that its layer applied in t
 
     g_t  <- g_t + lambda_t * (1-m) * w_{t-1}        SR-STE (arXiv 2102.04010), Eq. 8
     w_t  =  AdamW(w_{t-1}, g_t), weight decay 0
-    m    <- N largest |w_t| of each group           every `mask_interval` steps
+    m    <- N largest |w_t| of each group           every `mask_interval` steps; of |w_t| ||x||
+                                                    with `mask_metric: activation`
 
 lambda_t rises linearly to lambda over the first `ramp_steps` steps (AST's annealing, arXiv
 2407.20584) and is lambda from then on; 0 ramp steps is SR-STE. The term is added to the gradient
@@ -18,9 +19,7 @@ import torch
 from torch import nn
 
 from cast_serve.trainer import flips
-from cast_serve.trainer.config import Pattern
 from cast_serve.trainer.layers import optimizer_groups
-from cast_serve.trainer.masks import weight_mask
 from cast_serve.trainer.methods.layers import masked_layers
 
 
@@ -36,7 +35,6 @@ class MaskedAdamW(torch.optim.AdamW):
         model: nn.Module,
         *,
         lr: float,
-        pattern: Pattern,
         decay: float = 0.0,
         ramp_steps: int = 0,
         mask_interval: int | None = None,
@@ -50,8 +48,6 @@ class MaskedAdamW(torch.optim.AdamW):
                 "decay": decay,
                 "ramp_steps": ramp_steps,
                 "mask_interval": mask_interval,
-                "kept": pattern.kept,
-                "group": pattern.group,
                 "steps_done": 0,
                 # Share of mask entries the last refresh changed; None before the first.
                 "flips": None,
@@ -115,12 +111,7 @@ class MaskedAdamW(torch.optim.AdamW):
                 weight.grad.add_(pruned, alpha=share * group["decay"])
 
     def _refresh(self, group: dict[str, Any]) -> None:
-        pattern = Pattern(kept=group["kept"], group=group["group"])
-        changed = []
-        for weight in group["params"]:
-            mask = weight_mask(weight, pattern, input_dim=group["input_dim"])
-            changed.append((mask != self._layers[weight].mask).sum())
-            self._layers[weight].mask.copy_(mask)
+        changed = [self._layers[weight].refresh_mask_() for weight in group["params"]]
         # A tensor, that nothing is waited for: SR-STE comes here every step.
         total = sum(weight.numel() for weight in group["params"])
         group["flips"] = torch.stack(changed).sum().double() / total

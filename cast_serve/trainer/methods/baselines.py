@@ -38,7 +38,6 @@ class _WithAdamW(Method):
         return MaskedAdamW(
             model,
             lr=fixed.lr,
-            pattern=self.config.nm,
             decay=fixed.lambda_,
             ramp_steps=self.ramp_steps(fixed),
             mask_interval=self.mask_interval(),

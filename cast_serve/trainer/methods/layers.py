@@ -22,7 +22,6 @@ from cast_serve.trainer.layers import (
     ScaledLinear,
     scale_weight,
 )
-from cast_serve.trainer.masks import weight_mask
 
 
 class MaskedLayer(ScaledLayer):
@@ -46,8 +45,8 @@ class MaskedLayer(ScaledLayer):
         super().__init__(layer, blocks=blocks)
         self.cast_scale.requires_grad_(learn_scale)
         self.straight_through = straight_through
-        mask = weight_mask(self.weight, pattern, input_dim=self.input_dim)
-        self.register_buffer("mask", mask, persistent=False)
+        self.pattern = pattern
+        self.register_buffer("mask", self.wanted_mask(pattern), persistent=False)
 
     def scaled_weight(self) -> torch.Tensor:
         """A * m * W in the layout and dtype of the weight."""
@@ -59,10 +58,22 @@ class MaskedLayer(ScaledLayer):
             return masked
         return scale_weight(masked, self.cast_scale, input_dim=self.input_dim)
 
+    def set_importance(self, norms: torch.Tensor) -> None:
+        super().set_importance(norms)
+        self.refresh_mask_()
+
+    @torch.no_grad()
+    def refresh_mask_(self) -> torch.Tensor:
+        """Make `mask` that of the weight as it is now, in place; count of the entries changed."""
+        fresh = self.wanted_mask(self.pattern)
+        changed = (fresh != self.mask).sum()
+        self.mask.copy_(fresh)
+        return changed
+
     @torch.no_grad()
     def prune_and_fold_(self, pattern: Pattern) -> None:
         # A mask that is kept for an interval may not be that of the weight as it is now.
-        self.mask.copy_(weight_mask(self.weight, pattern, input_dim=self.input_dim))
+        self.refresh_mask_()
         super().prune_and_fold_(pattern)
 
 
