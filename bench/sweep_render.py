@@ -1,7 +1,8 @@
-"""smollm2-sweep.json to a plot, and the table of docs/cast-in-practice.md.
+"""NAME-sweep.json to a plot, and a table of docs/cast-in-practice.md.
 
 The file has what short runs of cast-train found on a real model: a row a run, with the flags that
-it had besides `common`, and panels, which name the rows that differ in one of them.
+it had besides `common` and a perplexity on each of `texts`, and panels, which name the rows that
+differ in one flag.
 """
 
 import json
@@ -12,31 +13,26 @@ from typing import Any
 
 from cast_serve.bench.markdown import replace_between, table
 
-BEGIN = "<!-- sweep: written by `python -m bench.render` -->"
-END = "<!-- end of sweep -->"
-
-# Of a band of panels, from above.
-_TEXTS = (("wikitext2_valid_ppl", "WikiText-2"), ("held_out_ppl", "held-out text"))
 _ACROSS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One run. Perplexities are of the written 2:4 (or dense) model, at a context of 1024.
+    """One run.
 
     Attributes:
         flags: of cast-train, besides those that all have.
-        held_out_ppl: on the share of the training text that was held out.
-        wikitext2_valid_ppl: on WikiText-2's validation text, whole, non-overlapping windows.
         travel: of the decay, in mean |masked w|; None for methods without one.
+        perplexities: of the written 2:4 (or dense) model at a context of 1024, by text: on
+            WikiText-2's validation text whole, in non-overlapping windows, on others as cast-train
+            evaluates.
     """
 
     name: str
     flags: str
     tokens: int
     travel: float | None
-    held_out_ppl: float
-    wikitext2_valid_ppl: float
+    perplexities: dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +52,11 @@ class Panel:
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
+    """`texts`: the name that a reader sees of each text of `Run.perplexities`, in order."""
+
     env: dict[str, Any]
     common: str
+    texts: dict[str, str]
     runs: list[Run]
     panels: list[Panel]
 
@@ -66,10 +65,14 @@ def load(file: Path) -> Sweep:
     """Read a sweep.
 
     Raises:
-        KeyError: a panel names a run that is not in the file.
+        KeyError: a panel names a run that is not in the file, or a run has not all texts.
     """
     found = json.loads(file.read_text())
-    runs = {row["name"]: Run(**row) for row in found["rows"]}
+    texts = found["texts"]
+    runs = {}
+    for row in found["rows"]:
+        perplexities = {text: row.pop(text) for text in texts}
+        runs[row["name"]] = Run(**row, perplexities=perplexities)
     panels = [
         Panel(
             axis=panel["axis"],
@@ -87,7 +90,13 @@ def load(file: Path) -> Sweep:
         )
         for panel in found["panels"]
     ]
-    return Sweep(env=found["env"], common=found["common"], runs=list(runs.values()), panels=panels)
+    return Sweep(
+        env=found["env"],
+        common=found["common"],
+        texts=texts,
+        runs=list(runs.values()),
+        panels=panels,
+    )
 
 
 def render(file: Path) -> list[Path]:
@@ -98,20 +107,22 @@ def render(file: Path) -> list[Path]:
 
 
 def write_plot(sweep: Sweep, path: Path) -> None:
-    """Four panels side by side: above WikiText-2, below the held-out text."""
+    """Four panels side by side, one above the other for each text."""
     # An optional package (the extra `train`), and slow to import.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     across = min(len(sweep.panels), _ACROSS)
+    texts = list(sweep.texts.items())
     bands = math.ceil(len(sweep.panels) / across)
-    figure = Figure(figsize=(3.2 * across, 5.5 * bands), layout="constrained")
+    size = (max(3.2 * across, 6.4), 2.75 * len(texts) * bands)
+    figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(2 * bands, across, sharey="row", squeeze=False)
-    for row, (of, text) in enumerate(_TEXTS * bands):
+    grid = figure.subplots(len(texts) * bands, across, sharey="row", squeeze=False)
+    for row, (of, text) in enumerate(texts * bands):
         grid[row][0].set_ylabel(f"{text}, perplexity")
         for column, axes in enumerate(grid[row]):
-            index = row // len(_TEXTS) * across + column
+            index = row // len(texts) * across + column
             if index < len(sweep.panels):
                 _draw(axes, sweep.panels[index], of)
             else:
@@ -122,7 +133,7 @@ def write_plot(sweep: Sweep, path: Path) -> None:
 def _draw(axes: Any, panel: Panel, of: str) -> None:
     for line in panel.lines:
         values = [value for value, _ in line.points]
-        axes.plot(values, [getattr(run, of) for _, run in line.points], "o-", ms=4)
+        axes.plot(values, [run.perplexities[of] for _, run in line.points], "o-", ms=4)
     if panel.log:
         axes.set_xscale("log", base=2)
         ticks = sorted({value for line in panel.lines for value, _ in line.points})
@@ -134,22 +145,28 @@ def _draw(axes: Any, panel: Panel, of: str) -> None:
     axes.legend([line.label for line in panel.lines], fontsize=8)
 
 
+def markers(file: Path) -> tuple[str, str]:
+    """The lines of the page between which the table of `file` stands."""
+    return f"<!-- {file.stem}: written by `python -m bench.render` -->", f"<!-- end {file.stem} -->"
+
+
 def update_page(page: Path, file: Path) -> None:
-    """Put the table of all runs into `page`.
+    """Put the table of all runs into `page`; travel only where a run has one.
 
     Raises:
         ValueError: the markers are not there.
     """
+    sweep = load(file)
+    travelled = any(run.travel is not None for run in sweep.runs)
     rows = [
         [
             run.name,
             f"`{run.flags}`",
             f"{run.tokens / 1e6:.1f} M",
-            "" if run.travel is None else f"{run.travel:.1f}",
-            f"{run.held_out_ppl:.2f}",
-            f"{run.wikitext2_valid_ppl:.2f}",
+            *([("" if run.travel is None else f"{run.travel:.1f}")] if travelled else []),
+            *(f"{run.perplexities[text]:.2f}" for text in sweep.texts),
         ]
-        for run in load(file).runs
+        for run in sweep.runs
     ]
-    header = ["run", "flags", "tokens", "travel", "held-out", "WikiText-2"]
-    replace_between(page, BEGIN, END, table(header, rows))
+    header = ["run", "flags", "tokens", *(["travel"] if travelled else []), *sweep.texts.values()]
+    replace_between(page, *markers(file), table(header, rows))

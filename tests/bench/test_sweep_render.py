@@ -9,33 +9,39 @@ from pathlib import Path
 import pytest
 
 from cast_serve.bench.paths import RESULTS, ROOT
-from cast_serve.bench.sweep_render import BEGIN, END, load, render, update_page
+from cast_serve.bench.sweep_render import load, markers, render, update_page
 
 FILE = RESULTS / "smollm2-sweep.json"
+FILES = sorted(RESULTS.glob("*-sweep.json"))
 
 
-def test_the_page_has_every_run(tmp_path):
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_the_page_has_every_run(tmp_path, file):
+    begin, end = markers(file)
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{BEGIN}\n{END}\nafter\n")
-    update_page(page, FILE)
+    page.write_text(f"before\n{begin}\n{end}\nafter\n")
+    update_page(page, file)
     lines = page.read_text().splitlines()
-    runs = load(FILE).runs
+    runs = load(file).runs
     assert len(lines) == len(runs) + 6
     for run, line in zip(runs, lines[4:], strict=False):
-        assert f"| {run.held_out_ppl:.2f} | {run.wikitext2_valid_ppl:.2f} |" in line
+        shown = " | ".join(f"{perplexity:.2f}" for perplexity in run.perplexities.values())
+        assert line.endswith(f"| {shown} |")
         assert f"`{run.flags}`" in line
 
 
-def test_the_page_of_the_docs_is_up_to_date(tmp_path):
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_the_page_of_the_docs_is_up_to_date(tmp_path, file):
     page = ROOT / "docs" / "cast-in-practice.md"
     copy = Path(shutil.copy(page, tmp_path))
-    update_page(copy, FILE)
+    update_page(copy, file)
     assert copy.read_text() == page.read_text()
 
 
-def test_plot(tmp_path):
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_plot(tmp_path, file):
     pytest.importorskip("matplotlib")
-    (plot,) = render(Path(shutil.copy(FILE, tmp_path)))
+    (plot,) = render(Path(shutil.copy(file, tmp_path)))
     assert plot.stat().st_size > 10_000
 
 
@@ -60,4 +66,4 @@ def test_the_tables_of_the_scaling_law_are_of_these_runs(table, column):
     for row in rows:
         run = runs[row["name"]]
         assert int(row["tokens"]) == run.tokens
-        assert float(row["loss"]) == pytest.approx(math.log(getattr(run, column)), abs=1e-6)
+        assert float(row["loss"]) == pytest.approx(math.log(run.perplexities[column]), abs=1e-6)
