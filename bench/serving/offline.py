@@ -1,7 +1,7 @@
 """Benchmarks without a server: requests handed to the engine at once, timed until all are answered.
 
 `vllm bench latency` (one batch, several times) and `vllm bench throughput` (many requests, once) on
-each engine, one process each. latency-GPU.json and throughput-GPU.json hold a `Row` each.
+each engine, one process each. What comes of it is in offline_results.py.
 """
 
 import argparse
@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from cast_serve.bench.paths import known
-from cast_serve.bench.result_file import ResultFile, positive, read
-from cast_serve.bench.serving.engines import BASELINE, Engine, common_flags
+from cast_serve.bench.serving.engines import Engine, common_flags
 from cast_serve.bench.serving.models import find_served_model
+from cast_serve.bench.serving.offline_results import Row, load_or_empty, print_rows, speedup
 from cast_serve.bench.serving.process import end, start, tail
 from cast_serve.bench.serving.server import ServerError, Startup
 from cast_serve.bench.serving.setting import Setting
@@ -54,36 +53,6 @@ class Job:
         if self.benchmark == "latency":
             return result["latencies"]
         return [result["elapsed_time"]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """A job on an engine.
-
-    Attributes:
-        iterations: how often it was timed; `seconds` is the median, `spread_s` largest less least.
-        output_tokens_per_s: of all requests.
-        weights_gib, kv_tokens: as in serving/results.py.
-    """
-
-    engine: str
-    model: str
-    requests: int
-    input_len: int
-    output_len: int
-    iterations: int
-    seconds: float
-    spread_s: float
-    output_tokens_per_s: float
-    weights_gib: float | None
-    kv_tokens: int
-    flags: str
-    run: str
-
-    @property
-    def key(self) -> tuple[str, str, int, int, int, str]:
-        lengths = (self.requests, self.input_len, self.output_len)
-        return (self.engine, self.model, *lengths, self.flags)
 
 
 def add_lengths(
@@ -188,45 +157,3 @@ def measure(
     if status != 0 or not result.exists():
         raise ServerError(f"ended with status {status}; {log} ends:\n{tail(said)}")
     return job.seconds(json.loads(result.read_text())), Startup.of(said)
-
-
-def load_or_empty(path: Path) -> ResultFile[Row]:
-    return read(path, Row, _fault) if path.exists() else ResultFile()
-
-
-def speedup(row: Row, rows: Sequence[Row]) -> float | None:
-    """Seconds of the baseline / seconds of `row`; None for the baseline, or without one."""
-    for other in rows:
-        if other.key == (BASELINE, *row.key[1:]) and other is not row:
-            return other.seconds / row.seconds
-    return None
-
-
-def print_rows(rows: Sequence[Row], title: str, console: Console) -> None:
-    """A line an engine and number of requests; in brackets how much faster than dense bf16."""
-    table = Table(title=f"{title}: median ± spread (x dense-bf16)")
-    for column in ("requests", "in", "out", "engine", "seconds", "output tokens/s", "weights GiB"):
-        table.add_column(column, justify="left" if column == "engine" else "right")
-    table.add_column("KV tokens", justify="right")
-    for requests in dict.fromkeys(row.requests for row in rows):
-        for row in rows:
-            if row.requests != requests:
-                continue
-            ratio = speedup(row, rows)
-            table.add_row(
-                str(row.requests),
-                str(row.input_len),
-                str(row.output_len),
-                row.engine,
-                f"{row.seconds:.3f} ± {row.spread_s:.3f}",
-                f"{row.output_tokens_per_s:.0f}" + (f" ({ratio:.2f})" if ratio else ""),
-                "-" if row.weights_gib is None else f"{row.weights_gib:.2f}",
-                f"{row.kv_tokens:,}",
-            )
-        table.add_section()
-    console.print(table)
-
-
-def _fault(row: Row) -> str | None:
-    numbers = (row.seconds, row.output_tokens_per_s, row.kv_tokens, row.requests)
-    return None if positive(*numbers) else "times, rates and sizes must be numbers above zero"

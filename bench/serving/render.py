@@ -1,13 +1,13 @@
 """serve-GPU.json to Markdown and PNG, and the table of README.md."""
 
 import importlib.util
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from cast_serve.bench.markdown import replace_between, table
-from cast_serve.bench.serving import breakdown
+from cast_serve.bench.serving import breakdown, offline_results
 from cast_serve.bench.serving.engines import BASELINE, ENGINES
 from cast_serve.bench.serving.floors import MODEL, floor_of, judge
 from cast_serve.bench.serving.report import HEADER, cells
@@ -40,17 +40,27 @@ def render(file: Path) -> list[Path]:
     """Write FILE.md beside FILE.json, and FILE.png if there is something to plot; returns them."""
     results = load(file)
     profiled = breakdown.load_or_empty(breakdown.beside(file)).rows
+    offline = offline_results.beside(file)
     text, plot = file.with_suffix(".md"), file.with_suffix(".png")
     if not _chats(results):
-        text.write_text(markdown(results, None, profiled))
+        text.write_text(markdown(results, None, profiled, offline))
         return [text]
-    text.write_text(markdown(results, plot.name, profiled))
+    text.write_text(markdown(results, plot.name, profiled, offline))
     write_plot(results, plot)
     return [text, plot]
 
 
-def markdown(results: Results, plot: str | None, profiled: Sequence[breakdown.Row] = ()) -> str:
-    """The report of a result file: floors, a table a model, breakdowns, what the runs ran on."""
+def markdown(
+    results: Results,
+    plot: str | None,
+    profiled: Sequence[breakdown.Row] = (),
+    offline: Mapping[str, Path] | None = None,
+) -> str:
+    """The report of a result file: floors, a table a model, breakdowns, what the runs ran on.
+
+    Args:
+        offline: by benchmark, the results without a server.
+    """
     gpu = results.env["gpu"]
     lines = [
         f"# Serving on {gpu}",
@@ -89,6 +99,12 @@ def markdown(results: Results, plot: str | None, profiled: Sequence[breakdown.Ro
             "more than without it. lm_head, dense in every engine, is apart from the linears."
         )
         lines += ["", "## Milliseconds of a step", "", note, "", *breakdown.lines(profiled)]
+    for benchmark, file in (offline or {}).items():
+        lines += [
+            "",
+            f"## Without a server: `cast-bench {benchmark}`",
+            *offline_results.lines(file),
+        ]
     lines += ["", "## Runs", ""]
     lines += table(
         ["run", "driver", "CUDA", "torch", "vLLM", "triton", "CPU", "engines", "flags"],

@@ -9,7 +9,8 @@ from cast_serve.bench import bench_latency, bench_throughput
 from cast_serve.bench.arguments import numbers
 from cast_serve.bench.serving.arguments import refuse_forced_kernel, split_flags
 from cast_serve.bench.serving.engines import find_engines
-from cast_serve.bench.serving.offline import Job, Row, load_or_empty, speedup
+from cast_serve.bench.serving.offline import Job
+from cast_serve.bench.serving.offline_results import Row, beside, lines, load_or_empty, speedup
 
 
 def make_row(engine: str, seconds: float, flags: str = "") -> Row:
@@ -52,6 +53,23 @@ def test_results(tmp_path: Path) -> None:
     results.save(path)
     assert load_or_empty(path) == results
     assert json.loads(path.read_text())["rows"][0]["seconds"] == 1.0
+
+
+def test_report(tmp_path: Path) -> None:
+    env = {"run": "one", "driver": "580", "torch": "2.11", "vllm": "0.26"}
+    rows = [make_row("sparse-bf16", 0.8), make_row("dense-bf16", 1.0)]
+    rows.append(make_row("sparse-bf16", 0.9, "--enforce-eager"))
+    serve = tmp_path / "serve-h200.json"
+    assert beside(serve) == {}
+    load_or_empty(tmp_path / "latency-h200.json").merge(env, rows).save(
+        tmp_path / "latency-h200.json"
+    )
+    assert beside(serve) == {"latency": tmp_path / "latency-h200.json"}
+    found = lines(tmp_path / "latency-h200.json")
+    assert "| 4 | 64 | 32 | dense-bf16 | 1.000 ± 0.100 | 128 | - | 1,048,576 |" in found
+    assert "| 4 | 64 | 32 | sparse-bf16 | 0.800 ± 0.100 | 160 (1.25) | - | 1,048,576 |" in found
+    assert "tiny, `--enforce-eager`:" in found
+    assert found[-1] == "Runs: one: driver 580, torch 2.11, vLLM 0.26."
 
 
 def test_counts() -> None:

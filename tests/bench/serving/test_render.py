@@ -5,7 +5,7 @@ import pytest
 from rich.console import Console
 
 from cast_serve.bench.paths import RESULTS, ROOT
-from cast_serve.bench.serving import breakdown
+from cast_serve.bench.serving import breakdown, offline_results
 from cast_serve.bench.serving.render import (
     BEGIN,
     END,
@@ -30,6 +30,31 @@ def test_render_without_anything_to_plot(tmp_path: Path, env, row) -> None:
     Results().merge(env(), [row(workload="prefill-2048")]).save(path)
     (text,) = render(path)
     assert ".png" not in text.read_text()
+
+
+def test_render_with_what_was_measured_without_a_server(result_file: Path, env) -> None:
+    row = offline_results.Row(
+        engine="dense-bf16",
+        model="Llama-3.1-8B",
+        requests=64,
+        input_len=512,
+        output_len=128,
+        iterations=5,
+        seconds=1.25,
+        spread_s=0.01,
+        output_tokens_per_s=6553.6,
+        weights_gib=15.0,
+        kv_tokens=900000,
+        flags="",
+        run=env()["run"],
+    )
+    offline_results.load_or_empty(result_file.with_name("latency-h200.json")).merge(
+        env(), [row]
+    ).save(result_file.with_name("latency-h200.json"))
+    found = render(result_file)[0].read_text()
+    assert "## Without a server: `cast-bench latency`" in found
+    assert "| 64 | 512 | 128 | dense-bf16 | 1.250 ± 0.010 | 6554 | 15.00 | 900,000 |" in found
+    assert "cast-bench throughput" not in found
 
 
 def test_markdown(results: Results, row, env) -> None:
