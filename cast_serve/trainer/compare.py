@@ -32,9 +32,10 @@ from cast_serve.trainer.errors import RunError
 
 ONE_SHOT = ("magnitude", "wanda", "sparsegpt")
 TRAINED = ("dense", "fixed-mask", "sr-ste", "ast", "cast")
-_OTHER_MASKS = ("fixed-mask:wanda", "fixed-mask:sparsegpt")
-METHODS = (*ONE_SHOT, *TRAINED, *_OTHER_MASKS)
-_WITH_DECAY = ("cast", "sr-ste", "ast")
+# METHOD:ONE-SHOT is pruned by the second before it is trained by the first.
+_STARTS = ("fixed-mask:wanda", "fixed-mask:sparsegpt", "cast:sparsegpt")
+METHODS = (*ONE_SHOT, *TRAINED, *_STARTS)
+_WITH_DECAY = ("cast", "sr-ste", "ast", "cast:sparsegpt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
         "--methods",
         default=",".join((*ONE_SHOT, *TRAINED)),
         metavar="A,B",
-        help=f"of {', '.join(METHODS)} (default: all but the last {len(_OTHER_MASKS)})",
+        help=f"of {', '.join(METHODS)} (default: all but the last {len(_STARTS)})",
     )
     parser.add_argument("--seeds", metavar="N,N", help="each method once with each (default: 0)")
     parser.add_argument(
@@ -208,6 +209,7 @@ def _refuse_what_differs(base: RunConfig) -> None:
     """What is one for all runs here and must not be, or has no meaning."""
     for key, is_given, instead in (
         ("method", base.method != "cast", "name them in --methods"),
+        ("initial_mask", base.initial_mask is not None, "name it with the method: cast:sparsegpt"),
         ("lr", base.lr is not None, "give --lr METHOD=X"),
         ("lambda", base.lambda_ is not None, "give --lambda METHOD=X"),
         ("export", base.export == "training", "the methods share packed and dense"),
@@ -271,9 +273,8 @@ def _job(
     config = replace(
         base,
         # What is not of the method, it refuses.
-        **ignored_by(trained, base),
+        **(ignored_by(trained, base) | {"initial_mask": mask or None}),
         method=trained,
-        initial_mask=mask or "magnitude",
         lr=lr,
         lambda_=decay,
         seed=seed,

@@ -87,8 +87,11 @@ class RunConfig:
         "cast; or what it is compared with: dense (nothing sparse), fixed-mask, sr-ste, ast",
         group="method",
     )
-    initial_mask: Literal["magnitude", "wanda", "sparsegpt"] = _option(
-        "magnitude", "how fixed-mask prunes before it trains", group="method"
+    initial_mask: Literal["magnitude", "wanda", "sparsegpt"] | None = _option(
+        None,
+        "how the model is pruned before it trains: fixed-mask by magnitude unless this is given, "
+        "cast not at all unless it is",
+        group="method",
     )
     pattern: str = _option("2:4", "N:M, N weights of every M survive", group="method")
     lambda_: float | None = _option(
@@ -269,6 +272,11 @@ class RunConfig:
     @property
     def nm(self) -> Pattern:
         return Pattern.parse(self.pattern)
+
+    @property
+    def start_mask(self) -> Literal["magnitude", "wanda", "sparsegpt"] | None:
+        """How the model is pruned before it trains; None: it starts dense."""
+        return self.initial_mask or ("magnitude" if self.method == "fixed-mask" else None)
 
     @property
     def learns_scales(self) -> bool:

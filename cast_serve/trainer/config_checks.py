@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 # Keys that some methods alone look at, and which those are.
 METHODS_OF = {
+    "initial_mask": ("cast", "fixed-mask"),
     "decay_ramp": ("cast",),
     "masked_rate": ("cast",),
     "mask_metric": ("cast", "sr-ste", "ast"),
@@ -108,8 +109,11 @@ def _check_method(config: "RunConfig") -> None:
         raise RunError(f"parallel: method {method} runs with ddp alone")
     if config.lambda_ is not None and method in ("dense", "fixed-mask"):
         raise RunError(f"lambda: method {method} has no decay; leave it out")
-    if config.initial_mask != "magnitude" and method != "fixed-mask":
-        raise RunError(f"initial_mask: method {method} starts dense; use fixed-mask")
+    if config.initial_mask is not None and config.parallel == "fsdp":
+        raise RunError(
+            "initial_mask: pruning has the whole dense model on one device before training, and "
+            "parallel=fsdp is for models without room there; leave it out"
+        )
     if config.export == "training" and method != "cast":
         raise RunError(
             f"export: the training form is of method cast, not {method}; use packed, dense"

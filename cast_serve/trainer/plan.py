@@ -60,7 +60,7 @@ class Plan:
     lr: float
     lambda_: float | None
     magnitudes: Progress
-    # None for a method other than cast.
+    # None where no weight has to be brought to zero: methods other than cast, or a sparse start.
     travel: float | None
     memory: Memory
     # Bytes on disk of a cached teacher.
@@ -156,6 +156,7 @@ def make_plan(
     )
     sparse = [choice for choice in layers if choice.dense_because is None]
     magnitudes = progress(_masked_weights(model, sparse, config))
+    travels = config.method == "cast" and config.start_mask is None
     lr = config.lr if config.lr is not None else _default_lr(config, schedule, magnitudes.masked)
     return Plan(
         model_name=type(model).__name__,
@@ -173,7 +174,7 @@ def make_plan(
         lr=lr,
         lambda_=lambda_,
         magnitudes=magnitudes,
-        travel=_travel(lr, schedule, magnitudes.masked) if config.method == "cast" else None,
+        travel=_travel(lr, schedule, magnitudes.masked) if travels else None,
         memory=memory(Shape.of(model, config), config, context=context, processes=processes),
         sources=sources,
         teacher_disk=cache_bytes(

@@ -172,7 +172,8 @@ def test_jobs_by_default():
     assert configs["wanda"].initial_mask == "wanda"
     assert not found["wanda"].trains
     assert configs["cast"].method == "cast"
-    assert configs["fixed-mask"].initial_mask == "magnitude"
+    assert configs["fixed-mask"].start_mask == "magnitude"
+    assert configs["cast"].start_mask is None
     assert {config.tokens for config in configs.values()} == {1000}
     assert all(config.lr is None for config in configs.values())
     assert len({job.name for job in found.values()}) == len(found)
@@ -204,6 +205,15 @@ def test_jobs_of_rates_and_seeds():
     assert (last.method, last.lr, last.lambda_, last.seed) == ("ast", 2e-4, 1e-5, 2)
     assert {job.config.eta for job in found} == {0.5}
     assert found[1].config.initial_mask == "wanda"
+
+
+def test_cast_from_a_one_shot_start():
+    given = ["--lr", "cast:sparsegpt=1e-4", "--lambda", "cast:sparsegpt=1e-6"]
+    (job,) = jobs("--methods", "cast:sparsegpt", *given)
+    assert job.name == "cast-sparsegpt-lr0.0001-lambda1e-06-seed0"
+    assert job.trains
+    config = job.config
+    assert (config.method, config.initial_mask, config.lr) == ("cast", "sparsegpt", 1e-4)
 
 
 def test_jobs_that_vary():
@@ -263,6 +273,7 @@ def rows_with_points(rows):
         (["--seeds", "1,x"], "seeds: expected different whole numbers"),
         (["--seeds", "1,1"], "seeds: expected different whole numbers"),
         (["--method", "ast"], "method: it differs from run to run; name them in --methods"),
+        (["--initial-mask", "wanda"], "initial_mask: it differs from run to run; name it with"),
         (["--resume"], "resume: it differs from run to run; leave it out"),
         (["--dry-run"], "dry_run: it differs from run to run"),
         (["--batch", "4"], "unrecognized arguments: --batch"),

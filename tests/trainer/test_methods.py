@@ -269,6 +269,23 @@ def test_fixed_mask_of_a_one_shot_method(make_config, tmp_path, method):
     assert record["initial_mask"] == method
 
 
+def test_cast_from_a_one_shot_start(make_config):
+    changes = {"lr": 1e-4, "eval_steps": 6, "allow_short_travel": False}
+    config = make_config(**settings("cast", initial_mask="sparsegpt", **changes))
+    # Travel would refuse this rate if there were anything to bring to zero.
+    with pytest.raises(RunError, match="travel"):
+        run(dataclasses.replace(config, initial_mask=None))
+    weights = projections(run(config))
+    for name, weight in weights.items():
+        assert ((weight.reshape(-1, 4) != 0).sum(1) == 2).all(), name
+    first = next(entry for entry in history(config) if "eval_perplexity" in entry)
+    assert first["step"] == 0
+    assert first["eval_perplexity"] == pytest.approx(first["eval_perplexity_pruned"], rel=1e-6)
+    record = json.loads((config.output / "cast.json").read_text())
+    assert (record["initial_mask"], record["travel"]) == ("sparsegpt", None)
+    assert record["evaluation"]["perplexity_dense"] != pytest.approx(first["eval_perplexity"])
+
+
 def test_one_shot_method_that_prunes_other_layers(make_config):
     pytest.importorskip("cast_serve.trainer.oneshot")
     # Only down_proj has a K that 64 divides.
@@ -282,7 +299,14 @@ def test_one_shot_method_that_prunes_other_layers(make_config):
     [
         ({"method": "dense", "lambda_": 1.0}, "lambda: method dense has no decay"),
         ({"method": "fixed-mask", "lambda_": 1.0}, "lambda: method fixed-mask has no decay"),
-        ({"initial_mask": "wanda"}, "initial_mask: method cast starts dense; use fixed-mask"),
+        (
+            {"method": "ast", "initial_mask": "wanda"},
+            "initial_mask: is of method cast, fixed-mask, not ast; leave it out",
+        ),
+        (
+            {"initial_mask": "wanda", "parallel": "fsdp"},
+            "initial_mask: pruning has the whole dense model on one device",
+        ),
         ({"method": "ast", "export": "training"}, "the training form is of method cast, not ast"),
         ({"eval_steps": 0}, "eval_steps: 0 is out of range; it must be above 0"),
         ({"eval_steps": 1.5}, "eval_steps: 1.5 is out of range; it must be a whole number or a"),

@@ -10,6 +10,7 @@ from cast_serve.trainer.data import BlockStream
 from cast_serve.trainer.gradient import Gradient
 from cast_serve.trainer.layers import LayerChoice
 from cast_serve.trainer.methods.adamw import MaskedAdamW
+from cast_serve.trainer.methods.start import prune_at_start
 from cast_serve.trainer.optim import AdamS
 from cast_serve.trainer.run_dir import Fixed
 
@@ -40,8 +41,10 @@ class Method(ABC):
         self.replace_layers(model, layers)
 
     def prune(self, model: PreTrainedModel, layers: list[LayerChoice], stream: BlockStream) -> None:
-        """Prune before training, in place: nothing, unless the method starts sparse."""
-        return
+        """Prune before training, in place, where the run starts sparse."""
+        config = self.config
+        if config.start_mask is not None:
+            prune_at_start(model, layers, config.start_mask, pattern=config.nm, stream=stream)
 
     @abstractmethod
     def replace_layers(self, model: PreTrainedModel, layers: list[LayerChoice]) -> None:

@@ -7,13 +7,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from cast_serve.trainer.config import RunConfig
-from cast_serve.trainer.data import BlockStream
 from cast_serve.trainer.gradient import Gradient
 from cast_serve.trainer.layers import LayerChoice
 from cast_serve.trainer.methods.adamw import MaskedAdamW
 from cast_serve.trainer.methods.base import Method
 from cast_serve.trainer.methods.layers import add_masks
-from cast_serve.trainer.methods.start import prune_at_start
 from cast_serve.trainer.run_dir import Fixed
 
 # lambda_W of SR-STE's ImageNet runs.
@@ -55,10 +53,6 @@ class Dense(_WithAdamW):
 
 class FixedMask(_WithAdamW):
     """Pruned before training; the survivors are trained, the mask never changes."""
-
-    def prune(self, model: PreTrainedModel, layers: list[LayerChoice], stream: BlockStream) -> None:
-        config = self.config
-        prune_at_start(model, layers, config.initial_mask, pattern=config.nm, stream=stream)
 
     def replace_layers(self, model: PreTrainedModel, layers: list[LayerChoice]) -> None:
         _add_masks(self.config, model, layers, straight_through=False)
