@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -47,6 +48,35 @@ def test_unknown_command(capsys):
 def test_flags_alone_are_the_training_itself(capsys):
     assert main(["--data", "x", "--output", "y"]) == 2
     assert capsys.readouterr().err.startswith("cast-train: error: model: missing")
+
+
+def test_who_reads_the_output_may_go(tmp_path):
+    """As `| head` does: here it has gone before the last line, the JSON, is written."""
+    table = Path(__file__).parents[2] / "bench/results/smollm2-law-held-out.csv"
+    code = (
+        "import json, sys\n"
+        "from cast_serve.trainer.main import main\n"
+        "dumps = json.dumps\n"
+        "def wait(*found, **options):\n"
+        "    options or sys.stdin.read()\n"
+        "    return dumps(*found, **options)\n"
+        "json.dumps = wait\n"
+        f"sys.exit(main(['scaling', {str(table)!r}, '--resamples', '10', '-o', 'law']))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+    ) as process:
+        assert any(line.startswith("wrote ") for line in iter(process.stdout.readline, ""))
+        process.stdout.close()
+        process.stdin.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
+    assert (tmp_path / "law/results.json").is_file()
 
 
 @pytest.mark.parametrize("name", COMMANDS)

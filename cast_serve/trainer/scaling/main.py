@@ -113,7 +113,8 @@ def main(arguments: Sequence[str]) -> int:
     for line in describe(analysis):
         console.print(line, markup=False)
     console.print(f"wrote {options.output}/results.json, scaling.png", markup=False)
-    print(json.dumps(results))
+    # Not print: the console ends in silence where nobody reads any more, as behind `| head`.
+    console.out(json.dumps(results), highlight=False)
     return 0
 
 
