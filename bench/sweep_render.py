@@ -1,8 +1,8 @@
 """NAME-sweep.json to a plot, and a table of docs/cast-in-practice.md.
 
 The file has what short runs of cast-train found on a real model: a row a run, with the flags that
-it had besides `common` and a perplexity on each of `texts`, and panels, which name the rows that
-differ in one flag.
+it had besides `common` and a perplexity on each of `texts`, and panels, which name rows by
+the value of what is looked at.
 """
 
 import json
@@ -37,7 +37,7 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """Runs that differ in one flag: (its value, the run)."""
+    """Runs by the value of a flag: (value, run)."""
 
     label: str
     points: list[tuple[float, Run]]
@@ -107,7 +107,7 @@ def render(file: Path) -> list[Path]:
 
 
 def write_plot(sweep: Sweep, path: Path) -> None:
-    """Four panels side by side, one above the other for each text."""
+    """At most four panels side by side, each once for every text, one above the other."""
     # An optional package (the extra `train`), and slow to import.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -161,7 +161,7 @@ def update_page(page: Path, file: Path) -> None:
     rows = [
         [
             run.name,
-            f"`{run.flags}`",
+            f"`{run.flags}`" if run.flags else "",
             f"{run.tokens / 1e6:.1f} M",
             *([("" if run.travel is None else f"{run.travel:.1f}")] if travelled else []),
             *(f"{run.perplexities[text]:.2f}" for text in sweep.texts),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from cast_serve.trainer.commands import COMMANDS
 from cast_serve.trainer.config import RunConfig
@@ -122,8 +122,7 @@ def _help(option: Field[Any]) -> str:
 
 def _bare(hint: Any) -> Any:
     """`X` of `X | None`."""
-    # Of a Literal it is a Union.
-    if get_origin(hint) in (UnionType, Union):
+    if get_origin(hint) is UnionType:
         return next(kind for kind in get_args(hint) if kind is not type(None))
     return hint
 

@@ -21,8 +21,8 @@ def require_lambda(config: RunConfig) -> None:
     """Raise RunError where lambda is to be measured and there is no gradient to measure it by."""
     if config.eta == 1 and config.lambda_ is None and config.method == "cast":
         raise RunError(
-            "lambda: must be given with eta=1, because a student that equals its teacher "
-            "has no gradient to measure it by"
+            "lambda: must be given with eta=1, because it is measured by the gradient of the "
+            "cross-entropy: the KL of a student that equals its teacher has none"
         )
 
 
@@ -30,7 +30,7 @@ def measure_lambda(gradient: Gradient) -> float:
     """RMS over the sparsified weights of one step's gradient, over the first 8 steps' sequences.
 
     The KL has no gradient where the student still equals its teacher, so only (1-eta) * CE is
-    run; gradients are clipped as in training.
+    run, also where the run starts pruned; gradients are clipped as in training.
 
     Raises:
         RunError: the gradient is zero or not finite.

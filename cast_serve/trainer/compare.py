@@ -27,15 +27,15 @@ from cast_serve.trainer.arguments import Parser, parse
 from cast_serve.trainer.compare_evaluation import UNTOUCHED, Questions, evaluate_once
 from cast_serve.trainer.compare_vary import Variation, parse_variations
 from cast_serve.trainer.config import RunConfig
-from cast_serve.trainer.config_checks import ignored_by
+from cast_serve.trainer.config_checks import METHODS_OF, unread_defaults
 from cast_serve.trainer.errors import RunError
 
 ONE_SHOT = ("magnitude", "wanda", "sparsegpt")
 TRAINED = ("dense", "fixed-mask", "sr-ste", "ast", "cast")
 # METHOD:ONE-SHOT is pruned by the second before it is trained by the first.
-_STARTS = ("fixed-mask:wanda", "fixed-mask:sparsegpt", "cast:sparsegpt")
-METHODS = (*ONE_SHOT, *TRAINED, *_STARTS)
-_WITH_DECAY = ("cast", "sr-ste", "ast", "cast:sparsegpt")
+_PRUNED_FIRST = ("fixed-mask:wanda", "fixed-mask:sparsegpt", "cast:sparsegpt")
+METHODS = (*ONE_SHOT, *TRAINED, *_PRUNED_FIRST)
+_WITH_DECAY = ("cast", "sr-ste", "ast")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,12 +122,13 @@ def parse_jobs(arguments: Sequence[str]) -> list[Job]:
     rest += ["--output", str(given.output / "run")]
     base = parse(rest)
     _refuse_what_differs(base)
+    _refuse_what_nobody_reads(base, methods)
     trained = [method for method in methods if method not in ONE_SHOT]
     bases: dict[Variation | None, RunConfig] = {None: base}
     for varied in parse_variations(given.vary, trained):
         bases[varied] = parse([*rest, *varied.flags])
     rates = _by_method("lr", given.lr, trained)
-    decays = _by_method("lambda", given.decay, [m for m in methods if m in _WITH_DECAY])
+    decays = _by_method("lambda", given.decay, [m for m in methods if _trained(m) in _WITH_DECAY])
     seeds = _seeds(given.seeds) if given.seeds else [base.seed]
     questions = Questions(text=tuple(given.text), zero_shot=tuple(given.zero_shot))
     jobs = []
@@ -165,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
         "--methods",
         default=",".join((*ONE_SHOT, *TRAINED)),
         metavar="A,B",
-        help=f"of {', '.join(METHODS)} (default: all but the last {len(_STARTS)})",
+        help=f"of {', '.join(METHODS)} (default: all but the last {len(_PRUNED_FIRST)})",
     )
     parser.add_argument("--seeds", metavar="N,N", help="each method once with each (default: 0)")
     parser.add_argument(
@@ -209,7 +210,7 @@ def _refuse_what_differs(base: RunConfig) -> None:
     """What is one for all runs here and must not be, or has no meaning."""
     for key, is_given, instead in (
         ("method", base.method != "cast", "name them in --methods"),
-        ("initial_mask", base.initial_mask is not None, "name it with the method: cast:sparsegpt"),
+        ("start", base.start != "dense", "name the method cast:sparsegpt"),
         ("lr", base.lr is not None, "give --lr METHOD=X"),
         ("lambda", base.lambda_ is not None, "give --lambda METHOD=X"),
         ("export", base.export == "training", "the methods share packed and dense"),
@@ -218,6 +219,20 @@ def _refuse_what_differs(base: RunConfig) -> None:
     ):
         if is_given:
             raise RunError(f"{key}: it differs from run to run; {instead}")
+
+
+def _refuse_what_nobody_reads(base: RunConfig, methods: list[str]) -> None:
+    """A flag that all methods of `methods` would be given at its default."""
+    read = {key for key, of in METHODS_OF.items() if any(_trained(m) in of for m in methods)}
+    for key, default in unread_defaults("", base).items():
+        if key not in read and getattr(base, key) != default:
+            of = ", ".join(METHODS_OF[key])
+            raise RunError(f"{key}: is of {of} alone, and --methods names none of these")
+
+
+def _trained(method: str) -> str:
+    """fixed-mask of fixed-mask:wanda."""
+    return method.partition(":")[0]
 
 
 def _by_method(key: str, text: str, methods: list[str]) -> dict[str, list[float | None]]:
@@ -266,14 +281,16 @@ def _job(
     if method in ONE_SHOT:
         # A mask that is fixed, and no step of training.
         trained, mask = "fixed-mask", method
+    key = "start" if trained == "cast" else "initial_mask"
+    start = {key: mask} if mask else {}
     parts = [f"oneshot-{method}" if method in ONE_SHOT else method.replace(":", "-")]
     parts += [f"lr{lr:g}"] if lr is not None else []
     parts += [f"lambda{decay:g}"] if decay is not None else []
     parts += [variation.name] if variation is not None else []
     config = replace(
         base,
-        # What is not of the method, it refuses.
-        **(ignored_by(trained, base) | {"initial_mask": mask or None}),
+        # RunConfig refuses keys that the method does not look at.
+        **(unread_defaults(trained, base) | start),
         method=trained,
         lr=lr,
         lambda_=decay,
@@ -294,7 +311,7 @@ def _check(jobs: list[Job]) -> None:
     for job in jobs:
         if (job.config.run_dir / "run.json").is_file():
             read_run(job.config)
-        elif job.method == "cast" and not job.finished:
+        elif job.config.method == "cast" and not job.finished:
             # Its travel may be too short.
             run(replace(job.config, dry_run=True), Console(quiet=True))
 

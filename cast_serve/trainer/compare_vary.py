@@ -13,7 +13,7 @@ from cast_serve.trainer.errors import RunError
 
 _GROUPS = ("method", "budget", "optimizer")
 # Named by flags of compare's own, or what runs must share to be compared.
-_FIXED = ("method", "initial_mask", "lr", "lambda", "pattern", "context")
+_FIXED = ("method", "initial_mask", "start", "lr", "lambda", "pattern", "context")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +53,10 @@ def parse_variations(texts: Sequence[str], methods: Sequence[str]) -> list[Varia
         of = METHODS_OF.get(key)
         others = [m for m in methods if of is not None and m.partition(":")[0] not in of]
         if of is not None and others:
+            some = ",".join(m for m in methods if m not in others) or ",".join(of)
             raise RunError(
                 f"vary: {key} is of {', '.join(of)} alone, not of {', '.join(others)}; give "
-                f"--methods {','.join(of)}"
+                f"--methods {some}"
             )
         found += [Variation(key=key, value=value) for value in values.split(",")]
     if len(set(found)) < len(found):

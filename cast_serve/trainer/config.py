@@ -87,10 +87,13 @@ class RunConfig:
         "cast; or what it is compared with: dense (nothing sparse), fixed-mask, sr-ste, ast",
         group="method",
     )
-    initial_mask: Literal["magnitude", "wanda", "sparsegpt"] | None = _option(
-        None,
-        "how the model is pruned before it trains: fixed-mask by magnitude unless this is given, "
-        "cast not at all unless it is",
+    initial_mask: Literal["magnitude", "wanda", "sparsegpt"] = _option(
+        "magnitude", "how fixed-mask prunes before it trains", group="method"
+    )
+    start: Literal["dense", "magnitude", "wanda", "sparsegpt"] = _option(
+        "dense",
+        "how cast begins: with the dense model, or with one that is pruned in this way and whose "
+        "masks still change",
         group="method",
     )
     pattern: str = _option("2:4", "N:M, N weights of every M survive", group="method")
@@ -274,9 +277,11 @@ class RunConfig:
         return Pattern.parse(self.pattern)
 
     @property
-    def start_mask(self) -> Literal["magnitude", "wanda", "sparsegpt"] | None:
+    def pruned_first(self) -> Literal["magnitude", "wanda", "sparsegpt"] | None:
         """How the model is pruned before it trains; None: it starts dense."""
-        return self.initial_mask or ("magnitude" if self.method == "fixed-mask" else None)
+        if self.method == "fixed-mask":
+            return self.initial_mask
+        return None if self.start == "dense" else self.start
 
     @property
     def learns_scales(self) -> bool:

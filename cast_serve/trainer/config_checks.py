@@ -14,10 +14,12 @@ if TYPE_CHECKING:
 
 # Keys that some methods alone look at, and which those are.
 METHODS_OF = {
-    "initial_mask": ("cast", "fixed-mask"),
+    "initial_mask": ("fixed-mask",),
+    "start": ("cast",),
     "decay_ramp": ("cast",),
     "masked_rate": ("cast",),
     "mask_metric": ("cast", "sr-ste", "ast"),
+    "mask_interval": ("cast", "ast"),
 }
 
 
@@ -38,8 +40,8 @@ def check(config: "RunConfig") -> None:
         raise RunError("offload: needs parallel=fsdp, which moves weights to the GPU in turn")
 
 
-def ignored_by(method: str, config: "RunConfig") -> dict[str, Any]:
-    """Keys that are not of `method`, each with its default."""
+def unread_defaults(method: str, config: "RunConfig") -> dict[str, Any]:
+    """The keys that `method` does not look at, each with its default."""
     defaults = {option.name: option.default for option in fields(config)}
     return {key: defaults[key] for key, of in METHODS_OF.items() if method not in of}
 
@@ -96,7 +98,7 @@ def _check_teacher(config: "RunConfig") -> None:
 
 def _check_method(config: "RunConfig") -> None:
     method = config.method
-    for key, default in ignored_by(method, config).items():
+    for key, default in unread_defaults(method, config).items():
         if getattr(config, key) != default:
             of = ", ".join(METHODS_OF[key])
             raise RunError(f"{key}: is of method {of}, not {method}; leave it out")
@@ -109,10 +111,15 @@ def _check_method(config: "RunConfig") -> None:
         raise RunError(f"parallel: method {method} runs with ddp alone")
     if config.lambda_ is not None and method in ("dense", "fixed-mask"):
         raise RunError(f"lambda: method {method} has no decay; leave it out")
-    if config.initial_mask is not None and config.parallel == "fsdp":
+    if config.start != "dense" and config.parallel == "fsdp":
         raise RunError(
-            "initial_mask: pruning has the whole dense model on one device before training, and "
-            "parallel=fsdp is for models without room there; leave it out"
+            f"start: {config.start} prunes the whole model on one device before training, and "
+            "parallel=fsdp is for models without room there; use dense"
+        )
+    if config.start != "dense" and config.lr is None:
+        raise RunError(
+            f"lr: must be given with start={config.start}: the default is the rate that brings "
+            "masked weights to zero, and here they are there already"
         )
     if config.export == "training" and method != "cast":
         raise RunError(

@@ -64,12 +64,12 @@ class ScaledLayer(nn.Module):
         """Choose masks by |w| * norms, fp32 [K], from now on."""
         shape = (1, -1) if self.input_dim == 1 else (-1, 1)
         norms = norms.to(self.weight.device, self.weight.dtype).view(shape)
-        # A buffer: it moves with the layer, and DDP gives all processes the first one's.
+        # A buffer: it moves with the layer.
         del self.importance
         self.register_buffer("importance", norms, persistent=False)
 
     @torch.no_grad()
-    def wanted_mask(self, pattern: Pattern) -> torch.Tensor:
+    def current_mask(self, pattern: Pattern) -> torch.Tensor:
         """The mask (Eq. 6) of the weight as it is now, in its layout; of the shard here."""
         # A sharded weight holds whole groups and the rows of its scales (parallel.py).
         weight = local(self.weight.detach())
@@ -79,7 +79,7 @@ class ScaledLayer(nn.Module):
     @torch.no_grad()
     def prune_(self, pattern: Pattern) -> None:
         """W <- W * M, in place."""
-        local(self.weight.detach()).masked_fill_(~self.wanted_mask(pattern), 0)
+        local(self.weight.detach()).masked_fill_(~self.current_mask(pattern), 0)
 
     @torch.no_grad()
     def prune_and_fold_(self, pattern: Pattern) -> None:

@@ -60,7 +60,7 @@ class Plan:
     lr: float
     lambda_: float | None
     magnitudes: Progress
-    # None where no weight has to be brought to zero: methods other than cast, or a sparse start.
+    # None for a method other than cast, and where masked weights begin at zero.
     travel: float | None
     memory: Memory
     # Bytes on disk of a cached teacher.
@@ -156,7 +156,7 @@ def make_plan(
     )
     sparse = [choice for choice in layers if choice.dense_because is None]
     magnitudes = progress(_masked_weights(model, sparse, config))
-    travels = config.method == "cast" and config.start_mask is None
+    travels = config.method == "cast" and config.pruned_first is None
     lr = config.lr if config.lr is not None else _default_lr(config, schedule, magnitudes.masked)
     return Plan(
         model_name=type(model).__name__,

@@ -20,7 +20,8 @@ def of_training(
     """
     return {
         "method": config.method,
-        **({"initial_mask": config.start_mask} if config.start_mask is not None else {}),
+        **({"initial_mask": config.initial_mask} if config.method == "fixed-mask" else {}),
+        **({"start": config.start} if config.method == "cast" else {}),
         **_source(config, corpus, fixed),
         "tokens": plan.tokens,
         "steps": fixed.steps,
@@ -52,13 +53,13 @@ def of_training(
 
 
 def of_one_shot(config: RunConfig, corpus: Corpus, fixed: Fixed, *, after: float) -> dict[str, Any]:
-    """Of a model that was pruned by config.start_mask and not trained.
+    """Of a model that was pruned by config.pruned_first and not trained.
 
     Args:
         after: its mean loss in nats per token.
     """
     return {
-        "method": f"one-shot {config.start_mask}",
+        "method": f"one-shot {config.pruned_first}",
         **_source(config, corpus, fixed),
         "tokens": 0,
         "context": fixed.context,

@@ -72,7 +72,8 @@ def _run(plan: Plan, config: RunConfig) -> Table:
     reason = "method dense" if config.method == "dense" else f"only 2:4 packs, not {config.pattern}"
     fallback = f" ({reason})" if form != config.export else ""
     rows = {
-        "method": config.method,
+        "method": config.method
+        + (f", pruned by {config.pruned_first} first" if config.pruned_first else ""),
         "parameters": f"{size(plan.parameters)}, of which {size(plan.sparse_parameters)} "
         f"({share:.1%}) to {config.pattern}"
         + (f", and {size(plan.scales)} scales" if plan.scales else ""),

@@ -28,6 +28,7 @@ from cast_serve.trainer.layers import (
 )
 from cast_serve.trainer.loop import Training
 from cast_serve.trainer.methods import method_of
+from cast_serve.trainer.methods.layers import masked_layers
 from cast_serve.trainer.objective import prepare_head
 from cast_serve.trainer.parallel import is_sharded, replicate, shard
 from cast_serve.trainer.plan import Plan, check_travel, make_plan, planned_sources, token_budget
@@ -308,6 +309,10 @@ def _fill_teacher_cache(
 
 def _spread(config: RunConfig, model: PreTrainedModel, processes: Processes) -> nn.Module:
     if not is_sharded(config, processes):
-        return replicate(model, processes)
+        spread = replicate(model, processes)
+        # Weights are the first process's now, and so must masks be.
+        for _, layer in masked_layers(spread):
+            layer.refresh_mask_()
+        return spread
     shard(model, processes, offload=config.offload)
     return model

@@ -50,6 +50,7 @@ def test_flags_alone_are_the_training_itself(capsys):
     assert capsys.readouterr().err.startswith("cast-train: error: model: missing")
 
 
+@pytest.mark.timeout(60)
 def test_who_reads_the_output_may_go(tmp_path):
     """As `| head` does: here it has gone before the last line, the JSON, is written."""
     table = Path(__file__).parents[2] / "bench/results/smollm2-law-held-out.csv"

@@ -172,8 +172,8 @@ def test_jobs_by_default():
     assert configs["wanda"].initial_mask == "wanda"
     assert not found["wanda"].trains
     assert configs["cast"].method == "cast"
-    assert configs["fixed-mask"].start_mask == "magnitude"
-    assert configs["cast"].start_mask is None
+    assert configs["fixed-mask"].pruned_first == "magnitude"
+    assert configs["cast"].pruned_first is None
     assert {config.tokens for config in configs.values()} == {1000}
     assert all(config.lr is None for config in configs.values())
     assert len({job.name for job in found.values()}) == len(found)
@@ -213,7 +213,7 @@ def test_cast_from_a_one_shot_start():
     assert job.name == "cast-sparsegpt-lr0.0001-lambda1e-06-seed0"
     assert job.trains
     config = job.config
-    assert (config.method, config.initial_mask, config.lr) == ("cast", "sparsegpt", 1e-4)
+    assert (config.method, config.start, config.lr) == ("cast", "sparsegpt", 1e-4)
 
 
 def test_jobs_that_vary():
@@ -273,7 +273,15 @@ def rows_with_points(rows):
         (["--seeds", "1,x"], "seeds: expected different whole numbers"),
         (["--seeds", "1,1"], "seeds: expected different whole numbers"),
         (["--method", "ast"], "method: it differs from run to run; name them in --methods"),
-        (["--initial-mask", "wanda"], "initial_mask: it differs from run to run; name it with"),
+        (["--start", "wanda", "--lr", "cast=1"], "lr: must be given with start=wanda"),
+        (
+            ["--methods", "dense,fixed-mask:wanda", "--masked-rate", "4"],
+            "masked_rate: is of cast alone, and --methods names none of these",
+        ),
+        (
+            ["--methods", "cast:sparsegpt,dense", "--vary", "masked-rate=4"],
+            "vary: masked_rate is of cast alone, not of dense; give --methods cast:sparsegpt",
+        ),
         (["--resume"], "resume: it differs from run to run; leave it out"),
         (["--dry-run"], "dry_run: it differs from run to run"),
         (["--batch", "4"], "unrecognized arguments: --batch"),
@@ -289,7 +297,7 @@ def rows_with_points(rows):
         ),
         (
             ["--vary", "mask-metric=activation", "--methods", "ast,fixed-mask:wanda"],
-            "of cast, sr-ste, ast alone, not of fixed-mask:wanda; give --methods cast,sr-ste,ast",
+            "of cast, sr-ste, ast alone, not of fixed-mask:wanda; give --methods ast",
         ),
     ],
 )

@@ -16,6 +16,7 @@ from cast_serve.kernels.packing import unpack
 from cast_serve.kernels.pattern import nm_mask
 from cast_serve.trainer import train
 from cast_serve.trainer.config import DEFAULT_ADAMW_LR, RunConfig
+from cast_serve.trainer.config_checks import METHODS_OF
 from cast_serve.trainer.data import BlockStream, load_corpus
 from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.evaluate import mean_loss
@@ -38,7 +39,8 @@ def settings(method: str, **changes: object) -> dict[str, object]:
     """Of a short run; lambda only where there is a decay."""
     decay = {"cast": 1e-4, "sr-ste": 0.1, "ast": 0.1}.get(method)
     base = {"method": method, "lambda_": decay, "export": "dense", "dtype": "float32"}
-    return base | {"allow_short_travel": True, "mask_interval": 3} | changes
+    interval = {"mask_interval": 3} if method in METHODS_OF["mask_interval"] else {}
+    return base | {"allow_short_travel": True} | interval | changes
 
 
 def run(config: RunConfig) -> dict[str, torch.Tensor]:
@@ -189,14 +191,7 @@ def test_first_evaluation_is_of_the_dense_model_and_of_one_shot_magnitude(make_c
     source = load_source(config.model)
     corpus = load_corpus(config.data, source.tokenizer, context=32, held_out=config.held_out)
     assert first["eval_loss"] == pytest.approx(mean_loss(source.model, corpus.evaluation))
-    prune_at_start(
-        source.model,
-        choose_layers(source.model, config.nm, scaling_blocks=2),
-        "magnitude",
-        pattern=config.nm,
-        stream=BlockStream(*corpus.parts, length=1, seed=0),
-    )
-    assert first["eval_loss_pruned"] == pytest.approx(mean_loss(source.model, corpus.evaluation))
+    assert first["eval_loss_pruned"] == pytest.approx(loss_after_prune(config, "magnitude"))
 
 
 @pytest.mark.parametrize("method", SPARSE)
@@ -270,20 +265,36 @@ def test_fixed_mask_of_a_one_shot_method(make_config, tmp_path, method):
 
 
 def test_cast_from_a_one_shot_start(make_config):
-    changes = {"lr": 1e-4, "eval_steps": 6, "allow_short_travel": False}
-    config = make_config(**settings("cast", initial_mask="sparsegpt", **changes))
+    changes = {"lr": 1e-4, "eval_steps": 6, "log_steps": 1, "allow_short_travel": False}
+    config = make_config(**settings("cast", start="sparsegpt", **changes))
     # Travel would refuse this rate if there were anything to bring to zero.
     with pytest.raises(RunError, match="travel"):
-        run(dataclasses.replace(config, initial_mask=None))
+        run(dataclasses.replace(config, start="dense"))
     weights = projections(run(config))
     for name, weight in weights.items():
         assert ((weight.reshape(-1, 4) != 0).sum(1) == 2).all(), name
-    first = next(entry for entry in history(config) if "eval_perplexity" in entry)
+    first = next(entry for entry in history(config) if "eval_loss" in entry)
     assert first["step"] == 0
-    assert first["eval_perplexity"] == pytest.approx(first["eval_perplexity_pruned"], rel=1e-6)
+    assert first["eval_loss"] == pytest.approx(loss_after_prune(config, "sparsegpt"))
+    assert first["eval_loss"] != pytest.approx(loss_after_prune(config, "magnitude"), rel=1e-5)
+    # The teacher has not been pruned: a student that equals it has a KL of 0.
+    assert next(entry for entry in history(config) if "kl" in entry)["kl"] > 1e-6
     record = json.loads((config.output / "cast.json").read_text())
-    assert (record["initial_mask"], record["travel"]) == ("sparsegpt", None)
-    assert record["evaluation"]["perplexity_dense"] != pytest.approx(first["eval_perplexity"])
+    assert (record["start"], record["travel"]) == ("sparsegpt", None)
+
+
+def loss_after_prune(config, one_shot):
+    """On the held-out text, of the dense model that `one_shot` has pruned."""
+    source = load_source(config.model)
+    corpus = load_corpus(config.data, source.tokenizer, context=32, held_out=config.held_out)
+    prune_at_start(
+        source.model,
+        choose_layers(source.model, config.nm, scaling_blocks=2),
+        one_shot,
+        pattern=config.nm,
+        stream=BlockStream(*corpus.parts, length=config.steps * config.batch_size, seed=0),
+    )
+    return mean_loss(source.model, corpus.evaluation)
 
 
 def test_one_shot_method_that_prunes_other_layers(make_config):
@@ -300,13 +311,12 @@ def test_one_shot_method_that_prunes_other_layers(make_config):
         ({"method": "dense", "lambda_": 1.0}, "lambda: method dense has no decay"),
         ({"method": "fixed-mask", "lambda_": 1.0}, "lambda: method fixed-mask has no decay"),
         (
-            {"method": "ast", "initial_mask": "wanda"},
-            "initial_mask: is of method cast, fixed-mask, not ast; leave it out",
+            {"initial_mask": "wanda"},
+            "initial_mask: is of method fixed-mask, not cast; leave it out",
         ),
-        (
-            {"initial_mask": "wanda", "parallel": "fsdp"},
-            "initial_mask: pruning has the whole dense model on one device",
-        ),
+        ({"method": "sr-ste", "mask_interval": 3}, "mask_interval: is of method cast, ast, not"),
+        ({"start": "wanda", "parallel": "fsdp"}, "start: wanda prunes the whole model on one dev"),
+        ({"start": "wanda", "lr": None}, "lr: must be given with start=wanda"),
         ({"method": "ast", "export": "training"}, "the training form is of method cast, not ast"),
         ({"eval_steps": 0}, "eval_steps: 0 is out of range; it must be above 0"),
         ({"eval_steps": 1.5}, "eval_steps: 1.5 is out of range; it must be a whole number or a"),

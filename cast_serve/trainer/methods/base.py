@@ -43,8 +43,8 @@ class Method(ABC):
     def prune(self, model: PreTrainedModel, layers: list[LayerChoice], stream: BlockStream) -> None:
         """Prune before training, in place, where the run starts sparse."""
         config = self.config
-        if config.start_mask is not None:
-            prune_at_start(model, layers, config.start_mask, pattern=config.nm, stream=stream)
+        if config.pruned_first is not None:
+            prune_at_start(model, layers, config.pruned_first, pattern=config.nm, stream=stream)
 
     @abstractmethod
     def replace_layers(self, model: PreTrainedModel, layers: list[LayerChoice]) -> None:

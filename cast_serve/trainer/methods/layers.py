@@ -46,7 +46,7 @@ class MaskedLayer(ScaledLayer):
         self.cast_scale.requires_grad_(learn_scale)
         self.straight_through = straight_through
         self.pattern = pattern
-        self.register_buffer("mask", self.wanted_mask(pattern), persistent=False)
+        self.register_buffer("mask", self.current_mask(pattern), persistent=False)
 
     def scaled_weight(self) -> torch.Tensor:
         """A * m * W in the layout and dtype of the weight."""
@@ -65,13 +65,14 @@ class MaskedLayer(ScaledLayer):
     @torch.no_grad()
     def refresh_mask_(self) -> torch.Tensor:
         """Make `mask` that of the weight as it is now, in place; count of the entries changed."""
-        fresh = self.wanted_mask(self.pattern)
+        fresh = self.current_mask(self.pattern)
         changed = (fresh != self.mask).sum()
         self.mask.copy_(fresh)
         return changed
 
     @torch.no_grad()
     def prune_and_fold_(self, pattern: Pattern) -> None:
+        assert pattern == self.pattern, f"{pattern} of a layer that is {self.pattern}"
         # A mask that is kept for an interval may not be that of the weight as it is now.
         self.refresh_mask_()
         super().prune_and_fold_(pattern)

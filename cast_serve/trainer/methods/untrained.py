@@ -22,7 +22,7 @@ from cast_serve.trainer.train import load_text, make_stream
 
 
 def prune_without_training(config: RunConfig) -> None:
-    """Write config.output: the model pruned by config.start_mask, and no more.
+    """Write config.output: the model pruned by config.pruned_first, and no more.
 
     Args:
         config: of method fixed-mask; its budget is not used.

@@ -53,6 +53,10 @@ def _output(folder: Path) -> Run:
     method = record.get("method", "cast")
     if method != "cast":
         raise RunError(f"{path}: is of method {method}; the law is of CAST runs")
+    if record.get("start", "dense") != "dense":
+        raise RunError(
+            f"{path}: starts from {record['start']}; the law is of runs that start dense"
+        )
     try:
         evaluation = record["evaluation"]
         tokens, sparse, dense = (
