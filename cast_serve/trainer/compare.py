@@ -25,9 +25,9 @@ from rich.console import Console
 
 from cast_serve.trainer.arguments import Parser, parse
 from cast_serve.trainer.compare_evaluation import UNTOUCHED, Questions, evaluate_once
-from cast_serve.trainer.compare_vary import Variation, parse_variations
+from cast_serve.trainer.compare_vary import Variation, parse_variations, rule_of
 from cast_serve.trainer.config import RunConfig
-from cast_serve.trainer.config_checks import METHODS_OF, unread_defaults
+from cast_serve.trainer.config_checks import METHODS_OF, given_in_vain, unread_defaults
 from cast_serve.trainer.errors import RunError
 
 ONE_SHOT = ("magnitude", "wanda", "sparsegpt")
@@ -128,7 +128,7 @@ def parse_jobs(arguments: Sequence[str]) -> list[Job]:
     for varied in parse_variations(given.vary, trained):
         bases[varied] = parse([*rest, *varied.flags])
     rates = _by_method("lr", given.lr, trained)
-    decays = _by_method("lambda", given.decay, [m for m in methods if _trained(m) in _WITH_DECAY])
+    decays = _by_method("lambda", given.decay, [m for m in methods if rule_of(m) in _WITH_DECAY])
     seeds = _seeds(given.seeds) if given.seeds else [base.seed]
     questions = Questions(text=tuple(given.text), zero_shot=tuple(given.zero_shot))
     jobs = []
@@ -223,16 +223,11 @@ def _refuse_what_differs(base: RunConfig) -> None:
 
 def _refuse_what_nobody_reads(base: RunConfig, methods: list[str]) -> None:
     """A flag that all methods of `methods` would be given at its default."""
-    read = {key for key, of in METHODS_OF.items() if any(_trained(m) in of for m in methods)}
-    for key, default in unread_defaults("", base).items():
-        if key not in read and getattr(base, key) != default:
+    vain = [given_in_vain(rule_of(method), base) for method in methods]
+    for key in vain[0]:
+        if all(key in keys for keys in vain):
             of = ", ".join(METHODS_OF[key])
             raise RunError(f"{key}: is of {of} alone, and --methods names none of these")
-
-
-def _trained(method: str) -> str:
-    """fixed-mask of fixed-mask:wanda."""
-    return method.partition(":")[0]
 
 
 def _by_method(key: str, text: str, methods: list[str]) -> dict[str, list[float | None]]:

@@ -33,6 +33,11 @@ class Variation:
         return f"{self.key.replace('_', '')}{self.value}"
 
 
+def rule_of(method: str) -> str:
+    """What trains: fixed-mask of fixed-mask:wanda."""
+    return method.partition(":")[0]
+
+
 def parse_variations(texts: Sequence[str], methods: Sequence[str]) -> list[Variation]:
     """Those of ["eta=0.3,0.9", "warmup=0"], in that order.
 
@@ -51,7 +56,7 @@ def parse_variations(texts: Sequence[str], methods: Sequence[str]) -> list[Varia
         if key not in _keys():
             raise RunError(f"vary: {key!r} cannot be varied; known: {', '.join(_keys())}")
         of = METHODS_OF.get(key)
-        others = [m for m in methods if of is not None and m.partition(":")[0] not in of]
+        others = [m for m in methods if of is not None and rule_of(m) not in of]
         if of is not None and others:
             some = ",".join(m for m in methods if m not in others) or ",".join(of)
             raise RunError(

@@ -46,6 +46,12 @@ def unread_defaults(method: str, config: "RunConfig") -> dict[str, Any]:
     return {key: defaults[key] for key, of in METHODS_OF.items() if method not in of}
 
 
+def given_in_vain(method: str, config: "RunConfig") -> list[str]:
+    """The keys that `method` does not look at and that are not at their defaults."""
+    unread = unread_defaults(method, config)
+    return [key for key, default in unread.items() if getattr(config, key) != default]
+
+
 def key_of(name: str) -> str:
     """YAML key of a field: `lambda_` is written `lambda`."""
     return name.rstrip("_")
@@ -98,10 +104,9 @@ def _check_teacher(config: "RunConfig") -> None:
 
 def _check_method(config: "RunConfig") -> None:
     method = config.method
-    for key, default in unread_defaults(method, config).items():
-        if getattr(config, key) != default:
-            of = ", ".join(METHODS_OF[key])
-            raise RunError(f"{key}: is of method {of}, not {method}; leave it out")
+    for key in given_in_vain(method, config):
+        of = ", ".join(METHODS_OF[key])
+        raise RunError(f"{key}: is of method {of}, not {method}; leave it out")
     if config.mask_metric != "magnitude" and config.parallel == "fsdp":
         raise RunError(
             "mask_metric: activation runs the whole dense model on one device before training, "
