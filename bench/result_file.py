@@ -92,6 +92,11 @@ def read(
     return ResultFile(env=content["env"], runs=content["runs"], rows=tuple(rows))
 
 
+def sibling(file: Path, benchmark: str) -> Path:
+    """BENCHMARK-GPU.json beside ANOTHER-GPU.json: another benchmark's results of the same GPU."""
+    return file.with_name(f"{benchmark}-{file.name.partition('-')[2]}")
+
+
 def positive(*numbers: object) -> bool:
     """Whether all are numbers above zero."""
     return all(isinstance(number, int | float) and number > 0 for number in numbers)

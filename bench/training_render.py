@@ -6,7 +6,7 @@ from pathlib import Path
 from cast_serve.bench import bench_optim, bench_train
 from cast_serve.bench.bench_train import CAST, PLAIN
 from cast_serve.bench.markdown import replace_between, table
-from cast_serve.bench.result_file import ResultFile, read
+from cast_serve.bench.result_file import ResultFile, read, sibling
 
 BEGIN = "<!-- training results: written by `python -m bench.render` -->"
 END = "<!-- end of training results -->"
@@ -32,7 +32,7 @@ def load(file: Path) -> tuple[Steps, Optimizers]:
 
 def beside(file: Path) -> Path:
     """optim-GPU.json of a train-GPU.json."""
-    return file.with_name(file.name.replace("train-", "optim-", 1))
+    return sibling(file, "optim")
 
 
 def render(file: Path) -> list[Path]:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cast_serve.bench.markdown import table
-from cast_serve.bench.result_file import ResultFile, positive, read
+from cast_serve.bench.result_file import ResultFile, positive, read, sibling
 from cast_serve.bench.serving.client import Client
 from cast_serve.bench.serving.server import ServerError
 from cast_serve.bench.serving.trace import Breakdown, breakdown, read_trace
@@ -129,7 +129,7 @@ def lines(rows: Sequence[Row]) -> list[str]:
 
 def beside(file: Path) -> Path:
     """The breakdowns that belong to a serve-GPU.json."""
-    return file.with_name(file.name.replace("serve-", "breakdown-", 1))
+    return sibling(file, "breakdown")
 
 
 def load_or_empty(path: Path) -> ResultFile[Row]:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cast_serve.bench.markdown import table
-from cast_serve.bench.result_file import ResultFile, positive, read
+from cast_serve.bench.result_file import ResultFile, positive, read, sibling
 from cast_serve.bench.serving.engines import BASELINE
 
 BENCHMARKS = ("latency", "throughput")
@@ -62,9 +62,7 @@ def speedup(row: Row, rows: Sequence[Row]) -> float | None:
 
 def beside(file: Path) -> dict[str, Path]:
     """By benchmark, the results that there are of the GPU of a serve-GPU.json."""
-    found = {
-        name: file.with_name(file.name.replace("serve-", f"{name}-", 1)) for name in BENCHMARKS
-    }
+    found = {name: sibling(file, name) for name in BENCHMARKS}
     return {name: path for name, path in found.items() if path.exists()}
 
 
