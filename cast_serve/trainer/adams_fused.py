@@ -75,7 +75,8 @@ class Fused:
             self._bind(slots, forms)
         arguments = _arguments(numbers)
         for update in self._updates:
-            update.run([addresses[place] for place in update.places], arguments)
+            grads_here = [addresses[place] for place in update.places]
+            update.run(grads_here, arguments, of_gradient=numbers.of_gradient)
         if self._left:
             left = [slots[place] for place in self._left]
             self._reference.update(left, [grads[place] for place in self._left], numbers)
@@ -193,7 +194,7 @@ class _Update:
         self._table = _Table(self._device)
         self._table.hold(rows, programs)
 
-    def run(self, grads: list[int], arguments: tuple[float, ...]) -> None:
+    def run(self, grads: list[int], arguments: tuple[float, ...], *, of_gradient: bool) -> None:
         """Launch with gradients at these addresses, which every backward pass may change."""
         if grads != self._addresses:
             self._grads = _send(torch.tensor(grads, dtype=torch.int64), self._device)
@@ -204,6 +205,7 @@ class _Update:
             *arguments,
             COLUMNS=UPDATE_COLUMNS,
             **self._constants,
+            OF_GRADIENT=of_gradient,
             BLOCK=BLOCK,
             UNROLL=UNROLL,
             ROUNDS=ROUNDS,

@@ -35,6 +35,8 @@ class StepNumbers:
         lr, masked_lr: the rate of weights that survive or stay dense, and of masked ones.
         share: a_t, the share of the decay in the update of masked weights.
         decay: lambda.
+        of_gradient: v takes the gradient, blended with the decay as the momentum is, in place of
+            the blended momentum.
     """
 
     t: int
@@ -45,6 +47,7 @@ class StepNumbers:
     beta1: float
     beta2: float
     eps: float
+    of_gradient: bool = False
 
 
 class Implementation(Protocol):
@@ -82,11 +85,9 @@ class Reference:
         n = numbers
         for (weight, mu, nu, mask), grad in zip(slots, grads, strict=True):
             mu.mul_(n.beta1).add_(grad, alpha=1 - n.beta1)
-            blended = mu
-            if mask is not None:
-                decayed = mu.mul(1 - n.share).add_(weight.sign(), alpha=n.share * n.decay)
-                blended = torch.where(mask, mu, decayed)
-            nu.mul_(n.beta2).addcmul_(blended, blended, value=1 - n.beta2)
+            blended = _blended(mu, weight, mask, n)
+            squared = _blended(grad, weight, mask, n) if n.of_gradient else blended
+            nu.mul_(n.beta2).addcmul_(squared, squared, value=1 - n.beta2)
             scale = nu.div(1 - n.beta2**n.t).sqrt_().add_(n.eps)
             correction = 1 / (1 - n.beta1**n.t)
             if mask is None or n.masked_lr == n.lr:
@@ -110,3 +111,13 @@ class Reference:
             changed += (fresh != mask).sum()
             mask.copy_(fresh)
         return changed
+
+
+def _blended(
+    pull: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor | None, n: StepNumbers
+) -> torch.Tensor:
+    """Eq. 7: (1-a_t) pull + a_t lambda sign(w) where masked, `pull` itself elsewhere."""
+    if mask is None:
+        return pull
+    decayed = pull.mul(1 - n.share).add_(weight.sign(), alpha=n.share * n.decay)
+    return torch.where(mask, pull, decayed)

@@ -57,6 +57,7 @@ def _update(
     size,
     numbers,
     MASKED: tl.constexpr,
+    OF_GRADIENT: tl.constexpr,
     FULL: tl.constexpr,
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -81,15 +82,20 @@ def _update(
     for u in tl.static_range(UNROLL):
         place = start + (u * BLOCK + tl.arange(0, BLOCK))
         w = loaded[5 * u]
-        mu = beta1 * loaded[5 * u + 2] + one_less_beta1 * loaded[5 * u + 1]
+        grad = loaded[5 * u + 1]
+        mu = beta1 * loaded[5 * u + 2] + one_less_beta1 * grad
         blended = mu
+        squared = grad
         pace = rate
         if MASKED:
             survives = loaded[5 * u + 4] != 0
             sign = tl.where(w > 0, 1.0, tl.where(w < 0, -1.0, 0.0))
             blended = tl.where(survives, mu, kept * mu + pull * sign)
+            squared = tl.where(survives, grad, kept * grad + pull * sign)
             pace = tl.where(survives, rate, fast)
-        nu = beta2 * loaded[5 * u + 3] + one_less_beta2 * (blended * blended)
+        if not OF_GRADIENT:
+            squared = blended
+        nu = beta2 * loaded[5 * u + 3] + one_less_beta2 * (squared * squared)
         # Rounded as torch rounds them; the approximate ones are no faster where bytes bind.
         w -= pace * tl.div_rn(blended, tl.sqrt_rn(nu * correction) + eps)
         _store(w_ptr, place, w, size, FULL)
@@ -114,6 +120,7 @@ def update_kernel(
     fast,
     COLUMNS: tl.constexpr,
     MASKED: tl.constexpr,
+    OF_GRADIENT: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -122,7 +129,8 @@ def update_kernel(
     """mu, nu and w of BLOCK * UNROLL * ROUNDS entries of one weight; grid [programs].
 
     kept = 1 - a_t, pull = a_t * lambda, correction = 1 / (1 - beta2^t),
-    rate = lr_t / (1 - beta1^t), fast = s_t * rate, that of masked weights.
+    rate = lr_t / (1 - beta1^t), fast = s_t * rate, that of masked weights. OF_GRADIENT: see
+    StepNumbers.
     """
     CHUNK: tl.constexpr = BLOCK * UNROLL * ROUNDS
     program = tl.program_id(0)
@@ -140,12 +148,13 @@ def update_kernel(
     )
     moments = (beta1, one_less_beta1, beta2, one_less_beta2)
     numbers = (moments, kept, pull, correction, eps, rate, fast)
+    STEP: tl.constexpr = BLOCK * UNROLL
     if size == CHUNK:
         for turn in range(ROUNDS):
-            _update(ptrs, turn * (BLOCK * UNROLL), size, numbers, MASKED, True, BLOCK, UNROLL)
+            _update(ptrs, turn * STEP, size, numbers, MASKED, OF_GRADIENT, True, BLOCK, UNROLL)
     else:
-        for turn in range(tl.cdiv(size, BLOCK * UNROLL)):
-            _update(ptrs, turn * (BLOCK * UNROLL), size, numbers, MASKED, False, BLOCK, UNROLL)
+        for turn in range(tl.cdiv(size, STEP)):
+            _update(ptrs, turn * STEP, size, numbers, MASKED, OF_GRADIENT, False, BLOCK, UNROLL)
 
 
 @triton.jit

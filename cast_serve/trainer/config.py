@@ -126,6 +126,12 @@ class RunConfig:
         "1 they reach zero although the rate is low",
         group="method",
     )
+    second_moment: Literal["momentum", "gradient"] = _option(
+        "momentum",
+        "what v of AdamS is the mean square of: the momentum, as in the paper, or the gradient, as "
+        "in Adam, whose updates are then about a quarter of the paper's at one rate",
+        group="method",
+    )
     mask_metric: Literal["magnitude", "activation"] = _option(
         "magnitude",
         "what survives in a group: the largest |w|, or the largest |w| times the norm of its input "

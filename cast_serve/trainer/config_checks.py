@@ -18,6 +18,7 @@ METHODS_OF = {
     "start": ("cast",),
     "decay_ramp": ("cast",),
     "masked_rate": ("cast",),
+    "second_moment": ("cast",),
     "mask_metric": ("cast", "sr-ste", "ast"),
     "mask_interval": ("cast", "ast"),
 }

@@ -12,6 +12,10 @@ CAST (arXiv 2509.25996), Algorithm 1 and Eq. 7-8, read literally, for t = 1..T:
 Since v takes mu~ without its bias correction, the first update is 1/(1-b1) = 10 times the rate and
 the steady state about 1.0 times it (Adam: 0.23): warm the rate up, and do not reuse Adam's.
 
+With `second_moment` "gradient", which is not the paper's, v has g where the rule has mu: updates
+of weights that survive or stay dense are Adam's, and those of masked weights under the full decay
+the same as before.
+
 The arithmetic is in adams_rule.py (the rule as written) and adams_fused.py (GPUs); here is what it
 works on: parameter groups, state, and the shards of a weight that several processes hold.
 """
@@ -56,6 +60,7 @@ class AdamS(torch.optim.Optimizer):
     `decay_ramp` is the share of the run over which a_t goes from 0 to 1 (1: the paper's t/T);
     `masked_rate` >= 1 is the rate of masked weights under the full decay over the rate (1: the
     paper's).
+    `second_moment` is what v is the mean square of ("momentum": the paper's).
     `implementation` "auto" takes Triton's kernels for parameters on an NVIDIA GPU.
     `importance` of a weight multiplies |w| where its mask is chosen (layers.py); it is not in the
     state dict, and weights that have one must not be sharded.
@@ -76,6 +81,7 @@ class AdamS(torch.optim.Optimizer):
         mask_interval: int = 10,
         decay_ramp: float = 1.0,
         masked_rate: float = 1.0,
+        second_moment: Literal["momentum", "gradient"] = "momentum",
         implementation: Literal["auto", "reference", "triton"] = "auto",
         importance: Mapping[torch.nn.Parameter, torch.Tensor] | None = None,
     ) -> None:
@@ -87,6 +93,7 @@ class AdamS(torch.optim.Optimizer):
                 "total_steps": total_steps,
                 "decay_ramp": decay_ramp,
                 "masked_rate": masked_rate,
+                "second_moment": second_moment,
                 "betas": betas,
                 "eps": eps,
                 "mask_interval": mask_interval,
@@ -159,6 +166,7 @@ class AdamS(torch.optim.Optimizer):
             # Not in checkpoints of the first release.
             group.setdefault("decay_ramp", 1.0)
             group.setdefault("masked_rate", 1.0)
+            group.setdefault("second_moment", "momentum")
             group.setdefault("implementation", "auto")
 
     def _forget(self) -> None:
@@ -258,4 +266,5 @@ def _numbers(group: dict[str, Any]) -> StepNumbers:
         beta1=group["betas"][0],
         beta2=group["betas"][1],
         eps=group["eps"],
+        of_gradient=group["second_moment"] == "gradient",
     )

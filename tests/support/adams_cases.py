@@ -33,6 +33,7 @@ class Case:
     pattern: str = "2:4"
     offset: int = 0
     steps: int = STEPS
+    of_gradient: bool = False
 
 
 # A program takes 8,192 entries, or 256 columns of 8 groups.
@@ -45,6 +46,8 @@ STEP_CASES = {
     "programs of rows": Case(shapes=((33, 260), (2, 8)), steps=3),
     "programs of columns": Case(shapes=((36, 260), (4, 3)), input_dim=0, steps=3),
     "programs of dense": Case(shapes=((8192,), (9001,), (3,)), input_dim=None, steps=3),
+    "v of the gradient": Case(shapes=((3, 8), (1, 4)), of_gradient=True),
+    "dense, v of the gradient": Case(shapes=((5,), (3, 7)), input_dim=None, of_gradient=True),
     "3:5 by the reference": Case(shapes=((4, 15),), pattern="3:5"),
 }
 MASK_PATTERNS = ("1:4", "2:4", "3:4", "4:8", "2:16", "9:16")
@@ -92,6 +95,7 @@ def excess_error(case: Case, device: str) -> float:
             beta1=0.9,
             beta2=0.95,
             eps=1e-8,
+            of_gradient=case.of_gradient,
         )
         exact = [Slot(*(x.double() for x in slot[:3]), slot.mask) for slot in copies]
         fused.update(slots, grads, numbers)

@@ -29,6 +29,7 @@ def transcribed(
     decay: float = DECAY,
     interval: int = 3,
     masked_rate: float = 1.0,
+    second_moment: str = "momentum",
 ) -> tuple[list[list[float]], list[list[bool]]]:
     """Final weights and last masks after len(gradients) steps; nm None keeps every weight."""
     steps = len(gradients)
@@ -43,12 +44,15 @@ def transcribed(
         for r, row in enumerate(rows):
             for c, w in enumerate(row):
                 mu[r][c] = BETA1 * mu[r][c] + (1 - BETA1) * g[r][c]
-                mixed, speed = mu[r][c], 1.0
+                mixed, squared, speed = mu[r][c], g[r][c], 1.0
                 if not masks[r][c]:
                     sign = (w > 0) - (w < 0)
                     mixed = (1 - a) * mu[r][c] + a * decay * sign
+                    squared = (1 - a) * g[r][c] + a * decay * sign
                     speed = 1 + a * (masked_rate - 1)
-                v[r][c] = BETA2 * v[r][c] + (1 - BETA2) * mixed**2
+                if second_moment == "momentum":
+                    squared = mixed
+                v[r][c] = BETA2 * v[r][c] + (1 - BETA2) * squared**2
                 top = mixed / (1 - BETA1**t)
                 bottom = math.sqrt(v[r][c] / (1 - BETA2**t)) + EPS
                 row[c] = w - speed * LR * top / bottom
@@ -157,7 +161,8 @@ def test_state_dict_of_the_first_release_continues(problem):
     take_steps(optimizer, straight, gradients[:11].float())
     saved = copy.deepcopy(optimizer.state_dict())
     for group in saved["param_groups"]:
-        del group["decay_ramp"], group["masked_rate"], group["implementation"]
+        for key in ("decay_ramp", "masked_rate", "second_moment", "implementation"):
+            del group[key]
     resumed = torch.nn.Parameter(straight.detach().clone())
     group = {"params": [resumed], "param_names": ["layer.weight"], "input_dim": 1}
     other = AdamS([group], lr=1, decay=1, total_steps=1, pattern=Pattern(kept=2, group=4))
@@ -240,6 +245,35 @@ def test_masked_weights_have_a_rate_of_their_own(problem):
     expected, masks = transcribed(rows.tolist(), gradients.tolist(), nm=(2, 4), masked_rate=5.0)
     torch.testing.assert_close(weight.detach(), torch.tensor(expected, dtype=weight.dtype))
     assert optimizer.state[weight]["mask"].tolist() == masks
+
+
+@pytest.mark.parametrize("nm", [(2, 4), None], ids=["2:4", "dense"])
+def test_second_moment_of_the_gradient(problem, nm):
+    rows, gradients = problem
+    expected, masks = transcribed(
+        rows.tolist(), gradients.tolist(), nm=nm, second_moment="gradient"
+    )
+    weight = torch.nn.Parameter(rows.clone())
+    input_dim = None if nm is None else 1
+    optimizer = adams(weight, Pattern(kept=2, group=4), input_dim=input_dim, steps=20)
+    optimizer.param_groups[0]["second_moment"] = "gradient"
+    take_steps(optimizer, weight, gradients)
+    torch.testing.assert_close(weight.detach(), torch.tensor(expected, dtype=weight.dtype))
+    if nm is not None:
+        assert optimizer.state[weight]["mask"].tolist() == masks
+
+
+def test_second_moment_of_the_gradient_is_adam_where_nothing_is_masked(problem):
+    rows, gradients = problem
+    ours, theirs = (torch.nn.Parameter(rows.clone()) for _ in range(2))
+    optimizer = adams(ours, Pattern(kept=2, group=4), input_dim=None, steps=20)
+    optimizer.param_groups[0]["second_moment"] = "gradient"
+    adam = torch.optim.Adam([theirs], lr=LR, betas=(BETA1, BETA2), eps=EPS)
+    for gradient in gradients:
+        take_steps(optimizer, ours, gradient[None])
+        theirs.grad = gradient.clone()
+        adam.step()
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_flips_counts_changed_entries():

@@ -34,10 +34,11 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
-def compiled_update(*, masked: bool, aligned: bool) -> Compiled:
+def compiled_update(*, masked: bool, aligned: bool, of_gradient: bool = False) -> Compiled:
     floats = [name for name in update_kernel.arg_names if name.islower() and "ptr" not in name]
     constants = {"COLUMNS": UPDATE_COLUMNS, "MASKED": masked, "ALIGNED": aligned}
-    constants |= {"BLOCK": fused.BLOCK, "UNROLL": fused.UNROLL, "ROUNDS": fused.ROUNDS}
+    constants |= {"OF_GRADIENT": of_gradient, "BLOCK": fused.BLOCK}
+    constants |= {"UNROLL": fused.UNROLL, "ROUNDS": fused.ROUNDS}
     return compile_for(
         90,
         update_kernel,
@@ -48,9 +49,10 @@ def compiled_update(*, masked: bool, aligned: bool) -> Compiled:
     )
 
 
+@pytest.mark.parametrize("of_gradient", [True, False])
 @pytest.mark.parametrize("masked", [True, False])
-def test_update_reads_and_writes_by_16_bytes(masked: bool):
-    built = compiled_update(masked=masked, aligned=True)
+def test_update_reads_and_writes_by_16_bytes(masked: bool, of_gradient: bool):
+    built = compiled_update(masked=masked, aligned=True, of_gradient=of_gradient)
     # w, g, mu, nu are read, w, mu, nu written; the rest are a weight's last entries and the table.
     assert built.count(WIDE_LOAD) == 4 * fused.UNROLL
     assert built.count(WIDE_STORE) == 3 * fused.UNROLL

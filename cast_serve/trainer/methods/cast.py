@@ -32,6 +32,7 @@ class Cast(Method):
             mask_interval=self.config.mask_interval,
             decay_ramp=self.config.decay_ramp,
             masked_rate=self.config.masked_rate,
+            second_moment=self.config.second_moment,
             importance={
                 layer.weight: layer.importance
                 for _, layer in scaled_layers(model)
