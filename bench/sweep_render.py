@@ -14,6 +14,8 @@ from typing import Any
 from cast_serve.bench.markdown import replace_between, table
 
 _ACROSS = 4
+# Lines whose labels find room within a panel.
+_WITHIN = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,7 @@ class Run:
         perplexities: of the written 2:4 (or dense) model at a context of 1024, by text: on
             WikiText-2's validation text whole, in non-overlapping windows, on others as cast-train
             evaluates.
+        commit: that it was run at, where another one than `Sweep.env` has.
     """
 
     name: str
@@ -33,6 +36,7 @@ class Run:
     tokens: int
     travel: float | None
     perplexities: dict[str, float]
+    commit: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +119,7 @@ def write_plot(sweep: Sweep, path: Path) -> None:
     across = min(len(sweep.panels), _ACROSS)
     texts = list(sweep.texts.items())
     bands = math.ceil(len(sweep.panels) / across)
-    size = (max(3.2 * across, 6.4), 2.75 * len(texts) * bands)
+    size = (max(3.2 * across, 8), 2.75 * len(texts) * bands)
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(texts) * bands, across, sharey="row", squeeze=False)
@@ -142,7 +146,10 @@ def _draw(axes: Any, panel: Panel, of: str) -> None:
         axes.locator_params(axis="x", nbins=5)
     axes.grid(alpha=0.3)
     axes.set_xlabel(panel.axis)
-    axes.legend([line.label for line in panel.lines], fontsize=8)
+    # Of many lines beside the panel, where it hides no point.
+    beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+    place = beside if len(panel.lines) > _WITHIN else {}
+    axes.legend([line.label for line in panel.lines], fontsize=8, **place)
 
 
 def markers(file: Path) -> tuple[str, str]:
