@@ -1,6 +1,9 @@
 """A comparison on a real model as a result file: what each method recovers of the dense model.
 
-    python -m bench.recovery COMPARISON      the folder that cast-train compare wrote
+    python -m bench.recovery COMPARISON...   folders that cast-train compare wrote
+
+Several folders are one comparison made in pieces: the same model, texts and budget, and other
+methods, flags or seeds in each.
 
 Writes    smollm2.json (`env`, `setting`, `rows`) and the comparison's two plots, under --out;
           `python -m bench.render` puts the table into docs/cast-in-practice.md.
@@ -8,9 +11,10 @@ Writes    smollm2.json (`env`, `setting`, `rows`) and the comparison's two plots
 
 import argparse
 import json
-import shutil
+import statistics
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +27,6 @@ NAME = "smollm2"
 # Dense, with the data and budget of all others: what their perplexity is divided by.
 CONTROL = "dense"
 UNTOUCHED = "untouched, dense"
-PLOTS = ("perplexity", "final")
 
 # Of a row besides its method and settings; each from a file that the comparison asked about.
 _TEXT, _CHOICES = "wikitext2_valid_ppl", ("piqa", "arc_easy")
@@ -31,7 +34,10 @@ _TEXT, _CHOICES = "wikitext2_valid_ppl", ("piqa", "arc_easy")
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A model. Perplexities at the comparison's context; accuracies from 0 to 1."""
+    """A model. Perplexities at the comparison's context; accuracies from 0 to 1.
+
+    `settings` are those of the method alone that are not at their defaults.
+    """
 
     method: str
     tokens: int
@@ -42,56 +48,92 @@ class Row:
     lr: float | None = None
     lambda_: float | None = None
     seed: int | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def flags(self) -> str:
+        """`settings` as they are given to cast-train."""
+        return " ".join(f"--{key.replace('_', '-')} {v}" for key, v in self.settings.items())
 
 
 def main() -> int:
-    """Exit status: 0 written, 2 the folder is no comparison with those questions."""
+    """Exit status: 0 written, 2 the folders are no comparison with those questions."""
     parser = argparse.ArgumentParser(prog="python -m bench.recovery", description=__doc__)
-    parser.add_argument("comparison", type=Path, help="output folder of cast-train compare")
+    parser.add_argument("comparison", type=Path, nargs="+", help="folder of cast-train compare")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
     given = parser.parse_args()
     try:
         file = collect(given.comparison, given.out)
     except (OSError, ValueError, KeyError) as error:
-        print(f"recovery: {given.comparison}: {error!r}", file=sys.stderr)
+        print(f"recovery: {error!r}", file=sys.stderr)
         return 2
     print(file)
     return 0
 
 
-def collect(comparison: Path, out: Path) -> Path:
-    """Write the result file and copy the plots; returns the file.
+def collect(comparisons: Sequence[Path], out: Path) -> Path:
+    """Write the result file and the plots; returns the file.
 
     Raises:
-        KeyError: the comparison was not asked about one of the texts.
-        OSError, ValueError: the folder holds no results.json.
+        KeyError: a comparison was not asked about one of the texts.
+        OSError: a folder holds no results.json.
+        ValueError: that is no JSON, or the folders are not of one comparison.
     """
-    found = json.loads((comparison / "results.json").read_text(encoding="utf-8"))
+    # Optional packages (the extra `train`), and slow to import.
+    from cast_serve.trainer.compare_plots import plot_curves, plot_final
+    from cast_serve.trainer.compare_results import read_results
+
+    pieces = {folder: read_results(folder) for folder in comparisons}
+    _require_one_comparison({folder: found for folder, (found, _) in pieces.items()})
+    found = pieces[comparisons[0]][0]
+    measured = [row for _, rows in pieces.values() for row in rows]
     rows = [
         {
             "method": UNTOUCHED,
             "tokens": 0,
-            "held_out_ppl": found["rows"][0]["perplexity_dense"],
+            "held_out_ppl": measured[0].perplexity_dense,
             **_answers(found["untouched"]),
         }
     ]
-    for row in found["rows"]:
-        settings = {key: row[key] for key in ("lr", "lambda_", "seed")}
-        rows.append(
-            {
-                "method": row["method"],
-                "tokens": row["tokens"],
-                "held_out_ppl": row["perplexity"],
-                **_answers(row["answers"]),
-                **settings,
-            }
-        )
+    rows += [
+        {
+            "method": row.method,
+            "tokens": row.tokens,
+            "held_out_ppl": row.perplexity,
+            **_answers(row.answers or {"text": [], "zero_shot": []}),
+            "lr": row.lr,
+            "lambda_": row.lambda_,
+            "seed": row.seed,
+            "settings": row.settings,
+        }
+        for row in measured
+    ]
     file = out / f"{NAME}.json"
     content = {"env": found["env"], "setting": found["setting"], "rows": rows}
     file.write_text(json.dumps(content, indent=1) + "\n")
-    for plot in PLOTS:
-        shutil.copy(comparison / f"{plot}.png", out / f"{NAME}-{plot}.png")
+    plot_curves(measured, out / f"{NAME}-perplexity.png")
+    plot_final(measured, out / f"{NAME}-final.png")
     return file
+
+
+def _require_one_comparison(found: dict[Path, dict[str, Any]]) -> None:
+    """Refuse folders whose rows do not belong into one table."""
+    (first, wanted), *others = found.items()
+    for folder, other in others:
+        for key in ("gpu", "torch", "commit"):
+            if other["env"][key] != wanted["env"][key]:
+                values = f"{other['env'][key]!r}, of {first} {wanted['env'][key]!r}"
+                raise ValueError(f"{key} of {folder} is {values}")
+        if other["setting"] != wanted["setting"]:
+            raise ValueError(f"model, texts or context of {folder} are not those of {first}")
+    runs = [
+        (row["method"], row["checkpoint"], json.dumps(row["settings"], sort_keys=True))
+        for other in found.values()
+        for row in other["rows"]
+    ]
+    for run in runs:
+        if runs.count(run) > 1:
+            raise ValueError(f"{run[1]} is in two of the folders")
 
 
 def _answers(answers: dict[str, Any]) -> dict[str, float]:
@@ -114,30 +156,43 @@ def load(file: Path) -> list[Row]:
 
 
 def update_page(page: Path, file: Path) -> None:
-    """Put the table of `file` into `page`.
+    """Put the table of `file` into `page`: runs that differ by their seed alone are one line.
 
     Raises:
         ValueError: the markers are not there, or no row is of the control.
     """
-    rows = load(file)
-    control = next((row for row in rows if row.method == CONTROL), None)
+    groups: dict[tuple[object, ...], list[Row]] = {}
+    for row in load(file):
+        key = (row.method, row.tokens, row.lr, row.lambda_, row.flags)
+        groups.setdefault(key, []).append(row)
+    control = next((rows for rows in groups.values() if rows[0].method == CONTROL), None)
     if control is None:
         raise ValueError(f"{file} has no row of {CONTROL!r}")
+    beside = statistics.mean(row.wikitext2_valid_ppl for row in control)
     lines = [
         [
-            row.method,
-            f"{row.tokens / 1e6:.1f} M",
-            *("" if value is None else f"{value:.2g}" for value in (row.lr, row.lambda_)),
-            f"{row.held_out_ppl:.2f}",
-            f"{row.wikitext2_valid_ppl:.2f}",
-            f"{row.wikitext2_valid_ppl / control.wikitext2_valid_ppl:.2f}",
-            f"{row.piqa:.1%}",
-            f"{row.arc_easy:.1%}",
+            rows[0].method,
+            f"`{rows[0].flags}`" if rows[0].flags else "",
+            f"{rows[0].tokens / 1e6:.1f} M",
+            *("" if value is None else f"{value:.2g}" for value in (rows[0].lr, rows[0].lambda_)),
+            str(len(rows)),
+            _over_seeds([row.held_out_ppl for row in rows], "{:.2f}"),
+            _over_seeds([row.wikitext2_valid_ppl for row in rows], "{:.2f}"),
+            f"{statistics.mean(row.wikitext2_valid_ppl for row in rows) / beside:.2f}",
+            _over_seeds([row.piqa for row in rows], "{:.1%}"),
+            _over_seeds([row.arc_easy for row in rows], "{:.1%}"),
         ]
-        for row in rows
+        for rows in groups.values()
     ]
-    header = ["method", "tokens", "lr", "lambda", "held-out", "WikiText-2", "x control"]
-    replace_between(page, BEGIN, END, table([*header, "piqa", "arc_easy"], lines))
+    header = ["method", "flags", "tokens", "lr", "lambda", "seeds"]
+    header += ["held-out", "WikiText-2", "x control", "piqa", "arc_easy"]
+    replace_between(page, BEGIN, END, table(header, lines))
+
+
+def _over_seeds(values: list[float], shown: str) -> str:
+    """The mean, and of several the standard deviation of the sample."""
+    mean = shown.format(statistics.mean(values))
+    return mean if len(values) == 1 else f"{mean} ± {shown.format(statistics.stdev(values))}"
 
 
 if __name__ == "__main__":

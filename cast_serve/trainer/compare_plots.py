@@ -154,6 +154,11 @@ def _label(row: Row, rows: Sequence[Row]) -> str:
         parts.append(f"lr {row.lr:.2g}")
     if len({peer.lambda_ for peer in peers}) > 1:
         parts.append(f"lambda {row.lambda_:.2g}")
+    # Of a comparison that was made in pieces, which may have had other flags each.
+    varied = {key for peer in peers for key in peer.varied}
+    for key in dict.fromkeys(key for peer in peers for key in peer.settings if key not in varied):
+        if len({peer.settings.get(key) for peer in peers}) > 1 and key in row.settings:
+            parts.append(f"{key} {row.settings[key]}")
     if len({peer.seed for peer in peers}) > 1:
         parts.append(f"seed {row.seed}")
     return ", ".join(filter(None, (*parts, row.otherwise)))

@@ -14,6 +14,7 @@ from typing import Any
 from cast_serve.trainer.compare import Job
 from cast_serve.trainer.compare_evaluation import UNTOUCHED, read_answers
 from cast_serve.trainer.config import RunConfig
+from cast_serve.trainer.config_checks import own_settings
 from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.journal import read_history
 from cast_serve.trainer.processes import takes_gpu
@@ -39,6 +40,7 @@ class Row:
     `answers` hold `text` and `zero_shot` as cast-train evaluate gives them, if they were asked for.
     `varied` is the flag with another value than the rest has, by its key; empty in the others.
     `usual` is the checkpoint of the run without it, and its own in the others.
+    `settings` are those of its method alone that are not at their defaults (config_checks.py).
     """
 
     method: str
@@ -54,6 +56,7 @@ class Row:
     answers: dict[str, Any] | None = None
     varied: dict[str, Any] = field(default_factory=dict)
     usual: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def otherwise(self) -> str:
@@ -62,6 +65,20 @@ class Row:
             f"{key} {value}" if isinstance(value, str) else f"{key} {value:.4g}"
             for key, value in self.varied.items()
         )
+
+
+def read_results(folder: Path) -> tuple[dict[str, Any], list[Row]]:
+    """results.json of a comparison, and its rows.
+
+    Raises:
+        OSError, ValueError: the folder holds no results.json.
+    """
+    found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    rows = []
+    for row in found["rows"]:
+        curve = tuple(Point(**point) for point in row.pop("curve"))
+        rows.append(Row(**row, curve=curve))
+    return found, rows
 
 
 def write_results(jobs: Sequence[Job], folder: Path) -> list[Row]:
@@ -158,6 +175,7 @@ def read_row(job: Job) -> Row:
         perplexity=after,
         curve=tuple(curve),
         answers=read_answers(config.output.parent, job.name) if job.questions else None,
+        settings=own_settings(config),
         **_variation(job),
     )
 

@@ -53,6 +53,20 @@ def given_in_vain(method: str, config: "RunConfig") -> list[str]:
     return [key for key, default in unread.items() if getattr(config, key) != default]
 
 
+def own_settings(config: "RunConfig") -> dict[str, Any]:
+    """The keys that some methods alone look at and that are not at their defaults.
+
+    `initial_mask` and `start` are not among them: a comparison names its methods after them.
+    """
+    given = {
+        option.name: getattr(config, option.name)
+        for option in fields(config)
+        if getattr(config, option.name) != option.default
+    }
+    named = ("initial_mask", "start")
+    return {key: given[key] for key in METHODS_OF if key in given and key not in named}
+
+
 def key_of(name: str) -> str:
     """YAML key of a field: `lambda_` is written `lambda`."""
     return name.rstrip("_")

@@ -1,6 +1,7 @@
 """A comparison of cast-train as a result file and a table."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -15,53 +16,98 @@ def answers(perplexity: float) -> dict:
     }
 
 
-def row(method: str, perplexity: float, lambda_: float | None = None) -> dict:
+def row(method: str, perplexity: float, lambda_: float | None = None, **more: object) -> dict:
+    """As compare writes it."""
     return {
         "method": method,
+        "checkpoint": f"{method}-seed{more.get('seed', 0)}",
         "tokens": 8_400_000,
         "lr": 0.0003,
         "lambda_": lambda_,
         "seed": 0,
         "perplexity_dense": 25.0,
+        "perplexity_before_prune": perplexity + 1,
         "perplexity": perplexity + 1,
+        "curve": [{"tokens": 0, "perplexity": 25.0, "pruned": 80.0}],
         "answers": answers(perplexity),
+        "varied": {},
+        "usual": f"{method}-seed0",
+        "settings": {},
+    } | more
+
+
+def write(folder: Path, *rows: dict, **env: str) -> Path:
+    folder.mkdir()
+    found = {
+        "env": {"gpu": "NVIDIA H200", "torch": "2.11", "commit": "abc"} | env,
+        "setting": {"pattern": "2:4"},
+        "untouched": answers(24.0),
+        "rows": rows,
     }
+    (folder / "results.json").write_text(json.dumps(found))
+    return folder
 
 
 @pytest.fixture
 def comparison(tmp_path):
-    folder = tmp_path / "comparison"
-    folder.mkdir()
-    found = {
-        "env": {"gpu": "NVIDIA H200"},
-        "setting": {"pattern": "2:4"},
-        "untouched": answers(24.0),
-        "rows": [row("dense", 20.0), row("cast", 25.0, 5e-6)],
-    }
-    (folder / "results.json").write_text(json.dumps(found))
-    for plot in ("perplexity", "final"):
-        (folder / f"{plot}.png").write_bytes(b"a plot")
-    return folder
+    return write(tmp_path / "comparison", row("dense", 20.0), row("cast", 25.0, 5e-6))
+
+
+def table_of(folders: list[Path], tmp_path: Path) -> list[list[str]]:
+    page = tmp_path / "page.md"
+    page.write_text(f"{BEGIN}\n{END}\n")
+    update_page(page, collect(folders, tmp_path))
+    lines = page.read_text().splitlines()[3:-1]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
 def test_rows_and_plots(comparison, tmp_path):
-    file = collect(comparison, tmp_path)
+    file = collect([comparison], tmp_path)
     found = json.loads(file.read_text())
-    assert found["env"] == {"gpu": "NVIDIA H200"}
+    assert found["env"]["gpu"] == "NVIDIA H200"
     assert [one.method for one in load(file)] == ["untouched, dense", "dense", "cast"]
     last = found["rows"][-1]
     assert (last["wikitext2_valid_ppl"], last["held_out_ppl"]) == (25.0, 26.0)
     assert (last["piqa"], last["arc_easy"], last["tokens"]) == (0.6, 0.4, 8_400_000)
-    assert (tmp_path / "smollm2-final.png").read_bytes() == b"a plot"
+    for plot in ("perplexity", "final"):
+        assert (tmp_path / f"smollm2-{plot}.png").stat().st_size > 10_000
 
 
 def test_table(comparison, tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text(f"{BEGIN}\n{END}\n")
-    update_page(page, collect(comparison, tmp_path))
-    *_, last, _ = page.read_text().splitlines()
-    cells = [cell.strip() for cell in last.strip("|").split("|")]
-    assert cells == ["cast", "8.4 M", "0.0003", "5e-06", "26.00", "25.00", "1.25", "60.0%", "40.0%"]
+    wanted = ["8.4 M", "0.0003", "5e-06", "1", "26.00", "25.00", "1.25", "60.0%", "40.0%"]
+    assert table_of([comparison], tmp_path)[-1] == ["cast", "", *wanted]
+
+
+def test_pieces_with_other_seeds_and_flags(comparison, tmp_path):
+    gradient = row("cast", 22.0, 5e-6, settings={"second_moment": "gradient"})
+    more = write(tmp_path / "more", row("cast", 27.0, 5e-6, seed=1), gradient)
+    *_, mean, other = table_of([comparison, more], tmp_path)
+    assert mean[:2] == ["cast", ""]
+    assert mean[5:9] == ["2", "27.00 ± 1.41", "26.00 ± 1.41", "1.30"]
+    assert other[:2] == ["cast", "`--second-moment gradient`"]
+    assert other[7] == "22.00"
+
+
+@pytest.mark.parametrize(
+    ("env", "changes", "message"),
+    [
+        ({"gpu": "NVIDIA H100"}, {"seed": 1}, "gpu of .*more is 'NVIDIA H100', of .*comparison"),
+        ({}, {}, "cast-seed0 is in two of the folders"),
+    ],
+)
+def test_pieces_that_do_not_belong_together(comparison, tmp_path, env, changes, message):
+    more = write(tmp_path / "more", row("cast", 27.0, 5e-6, **changes), **env)
+    with pytest.raises(ValueError, match=message):
+        collect([comparison, more], tmp_path)
+
+
+def test_pieces_of_other_texts(comparison, tmp_path):
+    more = write(tmp_path / "more", row("cast", 27.0, 5e-6, seed=1))
+    found = json.loads((more / "results.json").read_text())
+    found["setting"]["data"] = ["another.txt"]
+    (more / "results.json").write_text(json.dumps(found))
+    with pytest.raises(ValueError, match=r"model, texts or context of .*more"):
+        collect([comparison, more], tmp_path)
 
 
 def test_a_text_that_was_not_asked_about(comparison, tmp_path):
@@ -69,14 +115,14 @@ def test_a_text_that_was_not_asked_about(comparison, tmp_path):
     found["rows"][0]["answers"]["text"] = []
     (comparison / "results.json").write_text(json.dumps(found))
     with pytest.raises(KeyError, match="wikitext2_valid_ppl"):
-        collect(comparison, tmp_path)
+        collect([comparison], tmp_path)
 
 
 def test_no_control(comparison, tmp_path):
     found = json.loads((comparison / "results.json").read_text())
     found["rows"] = found["rows"][1:]
     (comparison / "results.json").write_text(json.dumps(found))
-    file = collect(comparison, tmp_path)
+    file = collect([comparison], tmp_path)
     (tmp_path / "page.md").write_text(f"{BEGIN}\n{END}\n")
     with pytest.raises(ValueError, match="no row of 'dense'"):
         update_page(tmp_path / "page.md", file)

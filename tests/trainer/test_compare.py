@@ -14,6 +14,7 @@ from cast_serve.trainer import compare
 from cast_serve.trainer.compare import METHODS, parse_jobs
 from cast_serve.trainer.compare_plots import lines_of, plot_curves
 from cast_serve.trainer.compare_results import Point, Row, render
+from cast_serve.trainer.config_checks import own_settings
 from cast_serve.trainer.data import load_corpus
 from cast_serve.trainer.data_source import DataSource
 from cast_serve.trainer.errors import RunError
@@ -345,6 +346,17 @@ def test_render_means_over_seeds():
     assert "| ast | 2,048 | 0.1 |  | 0 | 12.500 | 2e+04 |" in text
     assert "| cast | 0.1 |  | 2 | 13.000 ± 1.414 |" in text
     assert text.count("±") == 1
+
+
+def test_a_row_has_the_settings_of_its_method_alone():
+    found = jobs(
+        "--mask-metric", "activation", "--decay-ramp", "0.1", "--second-moment", "gradient"
+    )
+    settings = {job.method: own_settings(job.config) for job in found}
+    ours = {"decay_ramp": 0.1, "mask_metric": "activation", "second_moment": "gradient"}
+    assert settings["cast"] == ours
+    assert settings["ast"] == {"mask_metric": "activation"}
+    assert settings["dense"] == settings["fixed-mask"] == {}
 
 
 def test_methods_of_the_command_are_those_of_the_trainer():
