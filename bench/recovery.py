@@ -123,9 +123,9 @@ def _require_one_comparison(found: dict[Path, dict[str, Any]]) -> None:
         for key in ("gpu", "torch", "commit"):
             if other["env"][key] != wanted["env"][key]:
                 values = f"{other['env'][key]!r}, of {first} {wanted['env'][key]!r}"
-                raise ValueError(f"{key} of {folder} is {values}")
+                raise ValueError(f"not one comparison: {key} of {folder} is {values}")
         if other["setting"] != wanted["setting"]:
-            raise ValueError(f"model, texts or context of {folder} are not those of {first}")
+            raise ValueError(f"not one comparison: model, texts or context of {folder}, {first}")
     runs = [
         (row["method"], row["checkpoint"], json.dumps(row["settings"], sort_keys=True))
         for other in found.values()
@@ -133,7 +133,7 @@ def _require_one_comparison(found: dict[Path, dict[str, Any]]) -> None:
     ]
     for run in runs:
         if runs.count(run) > 1:
-            raise ValueError(f"{run[1]} is in two of the folders")
+            raise ValueError(f"not one comparison: {run[1]} is in two of the folders")
 
 
 def _answers(answers: dict[str, Any]) -> dict[str, float]:
