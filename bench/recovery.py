@@ -86,7 +86,8 @@ def collect(comparisons: Sequence[Path], out: Path) -> Path:
     pieces = {folder: read_results(folder) for folder in comparisons}
     _require_one_comparison({folder: found for folder, (found, _) in pieces.items()})
     found = pieces[comparisons[0]][0]
-    measured = [row for _, rows in pieces.values() for row in rows]
+    # What was not trained first, whichever folders it is in.
+    measured = sorted((row for _, rows in pieces.values() for row in rows), key=lambda r: r.tokens)
     rows = [
         {
             "method": UNTOUCHED,
