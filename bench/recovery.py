@@ -126,7 +126,9 @@ def _require_one_comparison(found: dict[Path, dict[str, Any]]) -> None:
                 values = f"{other['env'][key]!r}, of {first} {wanted['env'][key]!r}"
                 raise ValueError(f"not one comparison: {key} of {folder} is {values}")
         if other["setting"] != wanted["setting"]:
-            raise ValueError(f"not one comparison: model, texts or context of {folder}, {first}")
+            raise ValueError(
+                f"not one comparison: model, texts or context of {folder} and {first} differ"
+            )
     runs = [
         (row["method"], row["checkpoint"], json.dumps(row["settings"], sort_keys=True))
         for other in found.values()

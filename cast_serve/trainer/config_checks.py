@@ -43,8 +43,9 @@ def check(config: "RunConfig") -> None:
 
 def unread_defaults(method: str, config: "RunConfig") -> dict[str, Any]:
     """The keys that `method` does not look at, each with its default."""
-    defaults = {option.name: option.default for option in fields(config)}
-    return {key: defaults[key] for key, of in METHODS_OF.items() if method not in of}
+    return {
+        key: default for key, default in _defaults(config).items() if method not in METHODS_OF[key]
+    }
 
 
 def given_in_vain(method: str, config: "RunConfig") -> list[str]:
@@ -58,13 +59,17 @@ def own_settings(config: "RunConfig") -> dict[str, Any]:
 
     `initial_mask` and `start` are not among them: a comparison names its methods after them.
     """
-    given = {
-        option.name: getattr(config, option.name)
-        for option in fields(config)
-        if getattr(config, option.name) != option.default
+    return {
+        key: getattr(config, key)
+        for key, default in _defaults(config).items()
+        if key not in ("initial_mask", "start") and getattr(config, key) != default
     }
-    named = ("initial_mask", "start")
-    return {key: given[key] for key in METHODS_OF if key in given and key not in named}
+
+
+def _defaults(config: "RunConfig") -> dict[str, Any]:
+    """Of the keys that some methods alone look at."""
+    defaults = {option.name: option.default for option in fields(config)}
+    return {key: defaults[key] for key in METHODS_OF}
 
 
 def key_of(name: str) -> str:

@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from cast_serve.trainer import compare
 from cast_serve.trainer.compare import METHODS, parse_jobs
 from cast_serve.trainer.compare_plots import lines_of, plot_curves
-from cast_serve.trainer.compare_results import Point, Row, render
+from cast_serve.trainer.compare_results import Point, Row, read_results, render
 from cast_serve.trainer.config_checks import own_settings
 from cast_serve.trainer.data import load_corpus
 from cast_serve.trainer.data_source import DataSource
@@ -236,9 +235,8 @@ def test_compare_varies_one_flag_at_a_time(flags, tmp_path):
     methods = ["--methods", "magnitude,cast", "--lr", "cast=2e-3", "--tokens", "512"]
     assert main([*flags, *methods, "--vary", "tokens=256", "masked-rate=1,16"]) == 0
     folder = tmp_path / "out"
-    found = json.loads((folder / "results.json").read_text())
+    found, rows = read_results(folder)
     assert found["setting"]["given"] == {"tokens": 512, "masked_rate": 1.0}
-    rows = [Row(**row) for row in found["rows"]]
     assert [(row.otherwise, row.tokens) for row in rows] == [
         ("", 0),
         ("", 512),
@@ -249,16 +247,11 @@ def test_compare_varies_one_flag_at_a_time(flags, tmp_path):
     _, usual, shorter, same, faster = (row.perplexity for row in rows)
     assert same == usual != faster
     name = "cast-lr0.002-lambda0.0001-seed0"
-    assert lines_of(rows_with_points(rows), "tokens", 512) == {name: [(256, shorter), (512, usual)]}
+    assert lines_of(rows, "tokens", 512) == {name: [(256, shorter), (512, usual)]}
     text = (folder / "results.md").read_text()
     assert "| method | otherwise | tokens |" in text
     assert "| cast | masked_rate 16 | 512 | 0.002 | 0.0001 | 0 |" in text
     assert (folder / "varied.png").read_bytes().startswith(b"\x89PNG")
-
-
-def rows_with_points(rows):
-    """JSON has dictionaries for the points of a curve."""
-    return [replace(row, curve=tuple(Point(**point) for point in row.curve)) for row in rows]
 
 
 @pytest.mark.parametrize(
