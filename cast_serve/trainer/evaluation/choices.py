@@ -141,12 +141,28 @@ def log_likelihoods(
         ends = torch.tensor([len(row) for row in rows], device=model.device)
         mask = (torch.arange(ids.shape[1], device=model.device) < ends.unsqueeze(1)).long()
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        for row, i in enumerate(batch):
-            choice = torch.tensor(pairs[i].choice, device=model.device)
-            end = len(rows[row])
-            log_probs = logits[row, end - len(choice) : end].float().log_softmax(-1)
-            found[i] = log_probs.gather(1, choice.unsqueeze(1)).sum(dtype=torch.float64).item()
+        choices = [torch.tensor(pairs[i].choice, dtype=torch.long) for i in batch]
+        # All choices in one go: waiting for the GPU after each takes longer than the model.
+        row, position = _places_before(choices, rows)
+        log_probs = logits[row.to(model.device), position.to(model.device)].float().log_softmax(-1)
+        tokens = torch.cat(choices).to(model.device)
+        picked = log_probs.gather(1, tokens.unsqueeze(1)).squeeze(1).cpu()
+        parts = picked.split([len(choice) for choice in choices])
+        for i, part in zip(batch, parts, strict=True):
+            found[i] = part.sum(dtype=torch.float64).item()
     return found
+
+
+def _places_before(
+    choices: Sequence[torch.Tensor], rows: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row and position at which each token of `choices`, which end `rows`, is predicted."""
+    row = [torch.full_like(choice, index) for index, choice in enumerate(choices)]
+    position = [
+        torch.arange(len(ids) - len(choice), len(ids))
+        for ids, choice in zip(rows, choices, strict=True)
+    ]
+    return torch.cat(row), torch.cat(position)
 
 
 def _item(where: str, row: Any) -> Item:
