@@ -87,6 +87,7 @@ def test_torch_compile(engine, stored, packed):
     engine(packed, enforce_eager=False).assert_equals(stock)
 
 
+@pytest.mark.slow
 def test_dummy_weights(engine, packed):
     """Benchmarks start from random weights: the bitmasks that were never read are made up."""
     answer = engine(packed, load_format="dummy")

@@ -69,7 +69,10 @@ def test_training(engine, stored, tmp_path):
     engine(tmp_path / "training").assert_equals(folded)
 
 
-@pytest.mark.parametrize(("architecture", "to"), [("llama", "fp8"), ("gpt2", "int8")])
+@pytest.mark.parametrize(
+    ("architecture", "to"),
+    [("llama", "fp8"), pytest.param("gpt2", "int8", marks=pytest.mark.slow)],
+)
 def test_quantized(engine, stored, tmp_path, architecture, to):
     """Dequantized while loading: as stock vLLM on what `unpack` makes of it."""
     quantize(stored(architecture), tmp_path / "quantized", to=to)
@@ -78,7 +81,13 @@ def test_quantized(engine, stored, tmp_path, architecture, to):
     engine(tmp_path / "quantized").assert_equals(dense)
 
 
-@pytest.mark.parametrize("architecture", ["qwen3", "mistral", "opt", "gpt2", "phi3"])
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        "gpt2",
+        *(pytest.param(a, marks=pytest.mark.slow) for a in ("qwen3", "mistral", "opt", "phi3")),
+    ],
+)
 def test_architecture(engine, stored, oracle, tmp_path, architecture):
     convert(stored(architecture), tmp_path / "packed", to="packed")
     engine(tmp_path / "packed").assert_equals(oracle(architecture))

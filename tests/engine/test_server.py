@@ -148,6 +148,7 @@ def test_check_only(packed):
     assert "Initializing" not in checked.stdout + checked.stderr
 
 
+@pytest.mark.slow
 def test_check_only_checks_something():
     """A mistyped folder looks like the name of a model on a hub."""
     mistyped = run("--model", "sparse/lama", "--check-only")
@@ -186,6 +187,7 @@ def test_bad_data_named_last(packed, tmp_path):
     assert last_line(failed).startswith(f"cast-serve: {file}: {name}: nan at row 0, column ")
 
 
+@pytest.mark.slow
 def test_port_taken(packed):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

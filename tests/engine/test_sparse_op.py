@@ -56,6 +56,7 @@ def test_sparse_op_compiled(sparse_engine, float32, packed):
     answer.assert_equals(float32("llama"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("feature", [name for name in FEATURES if name != "speculative decoding"])
 def test_sparse_op_with(sparse_engine, engine, stored, packed, feature):
     options = {"dtype": "float32", **FEATURES[feature]}
@@ -76,11 +77,13 @@ def test_sparse_op_with_speculative_decoding(engine, stored, packed, tmp_path):
     answer.assert_equals(engine(stored("llama"), **options))
 
 
+@pytest.mark.slow
 def test_sparse_op_with_bias(sparse_engine, float32, stored, tmp_path):
     convert(stored("opt"), tmp_path / "packed", to="packed")
     sparse_engine(tmp_path / "packed", dtype="float32").assert_equals(float32("opt"))
 
 
+@pytest.mark.slow
 def test_gpu_kernel_on_a_cpu(packed, tmp_path):
     environment = {"CAST_SERVE_KERNEL": "mma_sp", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     running = Engine(tmp_path / "stderr", environment)

@@ -7,7 +7,7 @@ import pytest
 from asking import CONTEXT, ENDLESS, MESSAGES, MODEL, PROMPT, SHAPED, Place, chat, complete
 from openai import AsyncOpenAI, OpenAI
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 WEATHER = {
     "type": "function",
