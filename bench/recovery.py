@@ -3,7 +3,7 @@
     python -m bench.recovery COMPARISON...   folders that cast-train compare wrote
 
 Several folders are one comparison made in pieces: the same model, texts and budget, and other
-methods, flags or seeds in each.
+methods, flags or seeds in each. They may be of several commits: a row has its own.
 
 Writes    smollm2.json (`env`, `setting`, `rows`) and the comparison's two plots, under --out;
           `python -m bench.render` puts the table into docs/cast-in-practice.md.
@@ -49,6 +49,7 @@ class Row:
     lambda_: float | None = None
     seed: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    commit: str | None = None
 
     @property
     def flags(self) -> str:
@@ -87,12 +88,15 @@ def collect(comparisons: Sequence[Path], out: Path) -> Path:
     _require_one_comparison({folder: found for folder, (found, _) in pieces.items()})
     found = pieces[comparisons[0]][0]
     # What was not trained first, whichever folders it is in.
-    measured = sorted((row for _, rows in pieces.values() for row in rows), key=lambda r: r.tokens)
+    measured = sorted(
+        ((row, piece["env"]["commit"]) for piece, rows in pieces.values() for row in rows),
+        key=lambda one: one[0].tokens,
+    )
     rows = [
         {
             "method": UNTOUCHED,
             "tokens": 0,
-            "held_out_ppl": measured[0].perplexity_dense,
+            "held_out_ppl": measured[0][0].perplexity_dense,
             **_answers(found["untouched"]),
         }
     ]
@@ -106,14 +110,15 @@ def collect(comparisons: Sequence[Path], out: Path) -> Path:
             "lambda_": row.lambda_,
             "seed": row.seed,
             "settings": row.settings,
+            "commit": commit,
         }
-        for row in measured
+        for row, commit in measured
     ]
     file = out / f"{NAME}.json"
     content = {"env": found["env"], "setting": found["setting"], "rows": rows}
     file.write_text(json.dumps(content, indent=1) + "\n")
-    plot_curves(measured, out / f"{NAME}-perplexity.png")
-    plot_final(measured, out / f"{NAME}-final.png")
+    plot_curves([row for row, _ in measured], out / f"{NAME}-perplexity.png")
+    plot_final([row for row, _ in measured], out / f"{NAME}-final.png")
     return file
 
 
@@ -121,7 +126,7 @@ def _require_one_comparison(found: dict[Path, dict[str, Any]]) -> None:
     """Refuse folders whose rows do not belong into one table."""
     (first, wanted), *others = found.items()
     for folder, other in others:
-        for key in ("gpu", "torch", "commit"):
+        for key in ("gpu", "torch"):
             if other["env"][key] != wanted["env"][key]:
                 values = f"{other['env'][key]!r}, of {first} {wanted['env'][key]!r}"
                 raise ValueError(f"not one comparison: {key} of {folder} is {values}")

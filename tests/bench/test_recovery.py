@@ -88,6 +88,12 @@ def test_pieces_with_other_seeds_and_flags(comparison, tmp_path):
     assert other[7] == "22.00"
 
 
+def test_pieces_of_other_commits(comparison, tmp_path):
+    more = write(tmp_path / "more", row("cast", 27.0, 5e-6, seed=1), commit="def")
+    found = load(collect([comparison, more], tmp_path))
+    assert [one.commit for one in found] == [None, "abc", "abc", "def"]
+
+
 @pytest.mark.parametrize(
     ("env", "changes", "message"),
     [
