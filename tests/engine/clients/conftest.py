@@ -39,13 +39,16 @@ def metric(server) -> Callable[..., float]:
 
 
 @pytest.fixture
-def idle(metric) -> Callable[[], None]:
-    """Waits until the engine runs nothing and nothing waits for it."""
+def wait_until_running(metric) -> Callable[[int], None]:
+    """Waits until the engine runs so many requests, with none waiting."""
 
-    def wait() -> None:
+    def wait(requests: int) -> None:
         end = time.monotonic() + 10
-        while metric("vllm:num_requests_running") + metric("vllm:num_requests_waiting"):
-            assert time.monotonic() < end, "requests run on"
+        wanted = (requests, 0)
+        while (
+            now := (metric("vllm:num_requests_running"), metric("vllm:num_requests_waiting"))
+        ) != wanted:
+            assert time.monotonic() < end, f"{now} requests run and wait, not {wanted}"
             time.sleep(0.1)
 
     return wait

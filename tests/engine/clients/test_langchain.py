@@ -121,12 +121,12 @@ def test_structured_output(client, method):
     assert isinstance(shaped.invoke(PROMPT), Place)
 
 
-def test_stream_that_is_left_is_aborted(client, metric, idle):
+def test_stream_that_is_left_is_aborted(client, metric, wait_until_running):
     before = metric("vllm:generation_tokens_total")
     stream = model(client, **ENDLESS).stream(PROMPT)
     next(stream)
     stream.close()
-    idle()
+    wait_until_running(0)
     assert metric("vllm:generation_tokens_total") - before < ENDLESS["n"] * ENDLESS["max_tokens"]
 
 

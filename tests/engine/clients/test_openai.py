@@ -256,22 +256,22 @@ def test_many_at_once(server, client):
 
 
 @pytest.mark.parametrize("ask", [complete, chat])
-def test_stream_that_is_closed_is_aborted(client, metric, idle, ask):
+def test_stream_that_is_closed_is_aborted(client, metric, wait_until_running, ask):
     before = metric("vllm:generation_tokens_total")
     stream = ask(client, stream=True, **ENDLESS)
     next(iter(stream))
-    assert metric("vllm:num_requests_running") == ENDLESS["n"]
+    wait_until_running(ENDLESS["n"])
     stream.close()
-    idle()
+    wait_until_running(0)
     assert metric("vllm:generation_tokens_total") - before < ENDLESS["n"] * ENDLESS["max_tokens"]
 
 
 @pytest.mark.parametrize("ask", [complete, chat])
-def test_client_that_gives_up_is_aborted(client, metric, idle, ask):
+def test_client_that_gives_up_is_aborted(client, metric, wait_until_running, ask):
     before = metric("vllm:generation_tokens_total")
     with pytest.raises(openai.APITimeoutError):
         ask(client.with_options(timeout=0.5), **ENDLESS)
-    idle()
+    wait_until_running(0)
     assert metric("vllm:generation_tokens_total") - before < ENDLESS["n"] * ENDLESS["max_tokens"]
 
 
