@@ -59,15 +59,24 @@ def parse(arguments: Sequence[str] | None = None) -> RunConfig:
         RunError: unknown key, wrong type, impossible or missing value; names the key.
         SystemExit: --help.
     """
-    given = vars(build_parser().parse_args(arguments))
-    path = given.pop("config", None)
-    values = read_yaml(path) if path is not None else {}
-    hints = get_type_hints(RunConfig)
-    values |= {name: _convert(name, value, hints[name]) for name, value in given.items()}
+    values = given_values(arguments)
     for option in fields(RunConfig):
         if option.default is MISSING and option.name not in values:
             raise RunError(f"{option.name}: missing; give --{option.name} or set it in --config")
     return RunConfig(**values)
+
+
+def given_values(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """What a command line and its --config set, converted and named as RunConfig names them.
+
+    Raises:
+        RunError, SystemExit: as `parse`, but for what is missing or impossible together.
+    """
+    given = vars(build_parser().parse_args(arguments))
+    path = given.pop("config", None)
+    values = read_yaml(path) if path is not None else {}
+    hints = get_type_hints(RunConfig)
+    return values | {name: _convert(name, value, hints[name]) for name, value in given.items()}
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -11,11 +11,13 @@ With --text and --zero-shot every checkpoint, and the dense model as it came, is
 cast-train evaluate asks (compare_evaluation.py).
 
 The same command again runs what is missing: finished runs are kept, an interrupted one continues.
+With --jobs several run at once, each on a GPU of its own where there are as many (compare_run.py).
 """
 
 import argparse
 import os
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -23,11 +25,11 @@ from typing import Any
 
 from rich.console import Console
 
-from cast_serve.trainer.arguments import Parser, parse
-from cast_serve.trainer.compare_evaluation import UNTOUCHED, Questions, evaluate_once
+from cast_serve.trainer.arguments import Parser, given_values, parse
+from cast_serve.trainer.compare_evaluation import UNTOUCHED, Questions
 from cast_serve.trainer.compare_vary import Variation, parse_variations, rule_of
 from cast_serve.trainer.config import RunConfig
-from cast_serve.trainer.config_checks import METHODS_OF, given_in_vain, unread_defaults
+from cast_serve.trainer.config_checks import METHODS_OF, given_in_vain, key_of, unread_defaults
 from cast_serve.trainer.errors import RunError
 
 ONE_SHOT = ("magnitude", "wanda", "sparsegpt")
@@ -64,52 +66,69 @@ class Job:
         return (self.config.output / "cast.json").is_file()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What a command line asks for.
+
+    Attributes:
+        jobs: in the order of --methods; those of --only.
+        in_part: --only was given, so there is no table.
+        at_once: how many of them run at a time.
+    """
+
+    jobs: list[Job]
+    in_part: bool
+    at_once: int
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run the comparison; returns the exit status.
 
     Raises:
         RunError: a flag is wrong; or runs failed, and the others are in the results.
     """
-    jobs = parse_jobs(arguments)
+    comparison = parse_comparison(arguments)
+    jobs = comparison.jobs
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RunError("compare runs in one process: start it without torchrun")
+        raise RunError("compare is one process: start it without torchrun; --jobs N starts others")
     # Here, because transformers takes seconds to import and --help must not wait for it.
     from transformers.utils.logging import disable_progress_bar
 
     from cast_serve.trainer.compare_results import write_results
+    from cast_serve.trainer.compare_run import ask, carry_out
 
     disable_progress_bar()
     console = Console(highlight=False)
     _check(jobs)
-    folder, done, failed = jobs[0].config.output.parent, [], []
-    for number, job in enumerate(jobs, start=1):
-        kept = job.finished
-        state = "finished before" if kept else "starting"
-        console.print(f"compare {number}/{len(jobs)}: {job.name}: {state}", markup=False)
-        try:
-            if not kept:
-                _run(job, console)
-            _ask(job, job.config.output, job.name)
-        except RunError as error:
-            # A rate that diverges is a finding about one method; the others are still wanted.
-            failed.append(f"{job.name}: {error}")
-            console.print(f"failed: {error}", style="red", markup=False)
-        else:
-            done.append(job)
-        if done and (not kept or number == len(jobs)):
-            _ask(done[0], done[0].config.model, UNTOUCHED)
-            write_results(done, folder)
+    folder, kept = jobs[0].config.output.parent, {job.name for job in jobs if job.finished}
+    done, failed = [], []
+    with closing(carry_out(comparison, arguments, console)) as endings:
+        for number, (job, error) in enumerate(endings, start=1):
+            end = "done" if error is None else "failed"
+            console.print(f"compare {number}/{len(jobs)}: {job.name}: {end}", markup=False)
+            if error is None:
+                done.append(job)
+            else:
+                failed.append((job.name, error))
+                console.print(error, style="red", markup=False)
+            if done and not comparison.in_part and (job.name not in kept or number == len(jobs)):
+                ask(done[0], done[0].config.model, UNTOUCHED)
+                write_results(sorted(done, key=jobs.index), folder)
     if failed:
-        raise RunError(f"{len(failed)} of {len(jobs)} runs failed; the first: {failed[0]}")
-    console.print(f"wrote {folder / 'results.md'}", markup=False)
+        name, error = failed[0]
+        if len(jobs) == 1:
+            raise RunError(error)
+        raise RunError(f"{len(failed)} of {len(jobs)} runs failed; the first: {name}: {error}")
+    if not comparison.in_part:
+        console.print(f"wrote {folder / 'results.md'}", markup=False)
     return 0
 
 
-def parse_jobs(arguments: Sequence[str]) -> list[Job]:
-    """The rows that a command line asks for, in the order of --methods.
+def parse_comparison(arguments: Sequence[str]) -> Comparison:
+    """What a command line asks for.
 
     Raises:
-        RunError: an unknown method or flag, or a value that no run can have.
+        RunError: an unknown method, run or flag, or a value that no run can have.
         SystemExit: --help.
     """
     given, rest = _parser().parse_known_args(arguments)
@@ -120,8 +139,10 @@ def parse_jobs(arguments: Sequence[str]) -> list[Job]:
     if len(set(methods)) < len(methods):
         raise RunError("methods: one is named twice")
     rest += ["--output", str(given.output / "run")]
+    if given.jobs < 1:
+        raise RunError(f"jobs: {given.jobs} is out of range; it must be at least 1")
+    _refuse_what_differs(given_values(rest))
     base = parse(rest)
-    _refuse_what_differs(base)
     _refuse_what_nobody_reads(base, methods)
     trained = [method for method in methods if method not in ONE_SHOT]
     bases: dict[Variation | None, RunConfig] = {None: base}
@@ -150,7 +171,11 @@ def parse_jobs(arguments: Sequence[str]) -> list[Job]:
                 variation=variation,
             )
             jobs.append(job)
-    return jobs
+    return Comparison(
+        jobs=_named(jobs, given.only.split(",")) if given.only else jobs,
+        in_part=bool(given.only),
+        at_once=given.jobs,
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -203,22 +228,45 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--lambda", dest="decay", default="", metavar="METHOD=X,...", help="likewise, the decay"
     )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="runs at once, each a process of its own, dealt to the GPUs in turn (default 1)",
+    )
+    parser.add_argument(
+        "--only",
+        default="",
+        metavar="RUN,...",
+        help="of all these runs, those that are named as their folders; the command without it "
+        "makes the table",
+    )
     return parser
 
 
-def _refuse_what_differs(base: RunConfig) -> None:
+def _named(jobs: list[Job], names: list[str]) -> list[Job]:
+    known = [job.name for job in jobs]
+    for name in names:
+        if name not in known:
+            raise RunError(f"only: {name!r} is no run of these; known: {', '.join(known)}")
+    return [job for job in jobs if job.name in names]
+
+
+def _refuse_what_differs(given: dict[str, Any]) -> None:
     """What is one for all runs here and must not be, or has no meaning."""
-    for key, is_given, instead in (
-        ("method", base.method != "cast", "name them in --methods"),
-        ("start", base.start != "dense", "name the method cast:sparsegpt"),
-        ("lr", base.lr is not None, "give --lr METHOD=X"),
-        ("lambda", base.lambda_ is not None, "give --lambda METHOD=X"),
-        ("export", base.export == "training", "the methods share packed and dense"),
-        ("resume", base.resume, "leave it out: a comparison continues by itself"),
-        ("dry_run", base.dry_run, "leave it out; cast-train --dry-run checks one method"),
+    for key, one_for_all, instead in (
+        ("method", "cast", "name them in --methods"),
+        ("start", "dense", "name the method cast:sparsegpt"),
+        ("lr", None, "give --lr METHOD=X"),
+        ("lambda_", None, "give --lambda METHOD=X"),
+        ("resume", False, "leave it out: a comparison continues by itself"),
+        ("dry_run", False, "leave it out; cast-train --dry-run checks one method"),
     ):
-        if is_given:
-            raise RunError(f"{key}: it differs from run to run; {instead}")
+        if given.get(key, one_for_all) != one_for_all:
+            raise RunError(f"{key_of(key)}: it differs from run to run; {instead}")
+    if given.get("export") == "training":
+        raise RunError("export: it differs from run to run; the methods share packed and dense")
 
 
 def _refuse_what_nobody_reads(base: RunConfig, methods: list[str]) -> None:
@@ -306,39 +354,6 @@ def _check(jobs: list[Job]) -> None:
     for job in jobs:
         if (job.config.run_dir / "run.json").is_file():
             read_run(job.config)
-        elif job.config.method == "cast" and not job.finished:
-            # Its travel may be too short.
+        elif job.config.method == "cast" and not job.finished and len(jobs) > 1:
+            # Its travel may be too short; a run by itself says so at once.
             run(replace(job.config, dry_run=True), Console(quiet=True))
-
-
-def _run(job: Job, console: Console) -> None:
-    from cast_serve.trainer.methods.untrained import prune_without_training
-    from cast_serve.trainer.train import run
-
-    if job.trains:
-        started = (job.config.run_dir / "run.json").is_file()
-        run(replace(job.config, resume=started), console)
-    else:
-        prune_without_training(job.config)
-    _forget_model()
-
-
-def _ask(job: Job, model: Path, name: str) -> None:
-    if job.questions:
-        evaluate_once(job.questions, model, name, job.config)
-        _forget_model()
-
-
-def _forget_model() -> None:
-    """Leave nothing of a model to the next one.
-
-    Hooks make reference cycles, which would stay on the GPU. And torch.compile takes a model of the
-    same classes for the same code, whose recompilations it counts: the third would run uncompiled.
-    """
-    import gc
-
-    import torch
-
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.compiler.reset()

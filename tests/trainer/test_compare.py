@@ -3,14 +3,18 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
+import time
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from cast_serve.trainer import compare
-from cast_serve.trainer.compare import METHODS, parse_jobs
+from cast_serve.trainer.compare import METHODS, parse_comparison
 from cast_serve.trainer.compare_plots import lines_of, plot_curves
 from cast_serve.trainer.compare_results import Point, Row, read_results, render
 from cast_serve.trainer.config_checks import own_settings
@@ -27,7 +31,7 @@ STEPS, BATCH, CONTEXT = 12, 4, 32
 
 
 def jobs(*flags):
-    return parse_jobs([*REQUIRED, "--output", "out", *flags])
+    return parse_comparison([*REQUIRED, "--output", "out", *flags]).jobs
 
 
 @pytest.fixture
@@ -138,6 +142,63 @@ def test_compare_interrupted_and_run_again(flags, llama_dir, eval_file, tmp_path
     assert main(flags) == 0
     assert not calls
     assert (folder / "results.md").read_text() == text
+
+
+@pytest.mark.slow
+def test_compare_side_by_side(flags, tmp_path, capsys, monkeypatch):
+    """The same weights as one by one, in the order of --methods; a failure is one row less."""
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    flags += ["--methods", "sr-ste,dense,magnitude,cast", "--log-steps", "1"]
+    flags += ["--lr", "cast=2e-3,sr-ste=1e30"]
+    assert main([*flags, "--jobs", "2"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "error: 1 of 4 runs failed; the first: sr-ste-lr1e+30-seed0: the gradient is" in error
+    together = tmp_path / "out"
+    alone = tmp_path / "alone"
+    assert (
+        main(
+            [
+                *flags,
+                "--methods",
+                "dense,magnitude,cast",
+                "--lr",
+                "cast=2e-3",
+                "--output",
+                str(alone),
+            ]
+        )
+        == 0
+    )
+    rows = [row.checkpoint for row in read_results(together)[1]]
+    assert rows == [row.checkpoint for row in read_results(alone)[1]]
+    for name in rows:
+        weights, expected = (load_file(f / name / "model.safetensors") for f in (together, alone))
+        assert all(torch.equal(weights[key], expected[key]) for key in expected), name
+        assert (together / f"{name}.log").is_file()
+    (together / "results.json").unlink()
+    assert main([*flags, "--only", "dense-seed0"]) == 0
+    assert not (together / "results.json").exists()
+
+
+@pytest.mark.slow
+def test_compare_side_by_side_ends_its_runs(flags, tmp_path):
+    command = [sys.executable, "-m", "cast_serve.trainer.main", *flags]
+    command += ["--methods", "dense,cast", "--lr", "cast=2e-3", "--tokens", "100000000"]
+    process = subprocess.Popen([*command, "--jobs", "2"], stderr=subprocess.PIPE, text=True)
+    names = ("dense-seed0", "cast-lr0.002-lambda0.0001-seed0")
+    logs = [tmp_path / f"out/{name}.run/log.jsonl" for name in names]
+    deadline = time.monotonic() + 240
+    while not all(log.exists() for log in logs):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    runs = psutil.Process(process.pid).children(recursive=True)
+    assert len(runs) >= 2
+    process.terminate()
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "cast-train compare: interrupted" in error
+    assert not any(run.is_running() for run in runs)
 
 
 def test_compare_refuses_another_setting_in_the_same_folder(flags, capsys, tmp_path):
@@ -267,7 +328,10 @@ def test_compare_varies_one_flag_at_a_time(flags, tmp_path):
         (["--seeds", "1,x"], "seeds: expected different whole numbers"),
         (["--seeds", "1,1"], "seeds: expected different whole numbers"),
         (["--method", "ast"], "method: it differs from run to run; name them in --methods"),
-        (["--start", "wanda", "--lr", "cast=1"], "lr: must be given with start=wanda"),
+        (["--start", "wanda"], "start: it differs from run to run; name the method cast:sparsegpt"),
+        (["--methods", "cast:sparsegpt"], "lr: must be given with start=sparsegpt"),
+        (["--jobs", "0"], "jobs: 0 is out of range"),
+        (["--only", "cast-seed0,ast"], "only: 'ast' is no run of these; known: oneshot"),
         (
             ["--methods", "dense,fixed-mask:wanda", "--masked-rate", "4"],
             "masked_rate: is of cast alone, and --methods names none of these",
