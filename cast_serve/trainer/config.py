@@ -100,7 +100,8 @@ class RunConfig:
     lambda_: float | None = _option(
         None,
         "strength of the decay of masked weights (Eq. 7), of the order of the gradient; default: "
-        "the RMS of the first batches' gradient; sr-ste: 2e-4, ast: 6e-5, both times the weight",
+        "the RMS of the first batches' gradient of (1-eta) * cross-entropy; sr-ste: 2e-4, ast: "
+        "6e-5, both times the weight",
         group="method",
     )
     eta: float = _option(
