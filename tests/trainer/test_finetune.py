@@ -204,6 +204,16 @@ def test_unmasked_lora_stays_separate(make: Callable[..., FinetuneConfig], tmp_p
     assert record["loss_after"] < record["loss_before"]
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_run_that_diverges_after_its_last_entry_writes_nothing(
+    make: Callable[..., FinetuneConfig], lora: bool
+) -> None:
+    config = make(lora=lora, lr=1e30, steps=3, log_steps=10)
+    with pytest.raises(RunError, match="is not finite after 3 steps; lower lr or raise warmup"):
+        train.run(config, QUIET)
+    assert not config.output.exists()
+
+
 def test_lora_target(make: Callable[..., FinetuneConfig], sparse_dirs: dict[str, Path]) -> None:
     config = make(lora=True, merge=True, lora_target=("q_proj", "v_proj"))
     train.run(config, QUIET)

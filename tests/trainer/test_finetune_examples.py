@@ -9,6 +9,7 @@ import pyarrow
 import pytest
 import torch
 from pyarrow import parquet
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from cast_serve.trainer.errors import RunError
@@ -62,6 +63,66 @@ def test_messages_learn_assistant_turns(
         tokenizer.chat_template = None
     assert text_of(tokenizer, example.input_ids) == written
     assert text_of(tokenizer, example.labels[example.labels != -100]) == "ho</s>end</s>"
+
+
+def sentencepiece(scheme: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of Llama 2's kind ("normalizer") or of Mistral's: texts begin with a space."""
+    words = ["▁ho", "▁yes", "▁4"]
+    letters = ["▁", *map(chr, range(33, 127)), "\n"]
+    vocabulary = {
+        token: place for place, token in enumerate(["<unk>", "<s>", "</s>", *letters, *words])
+    }
+    merges = [("▁", "4"), ("h", "o"), ("▁", "ho"), ("y", "e"), ("ye", "s"), ("▁", "yes")]
+    vocabulary |= {part: len(vocabulary) + i for i, part in enumerate(("ho", "ye", "yes"))}
+    model = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>"))
+    if scheme == "normalizer":
+        model.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+    else:
+        model.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    model.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=model, **special)
+
+
+@pytest.mark.parametrize("scheme", ["normalizer", "metaspace"])
+def test_no_space_is_learned_that_a_server_does_not_send(tmp_path: Path, scheme: str) -> None:
+    tokenizer = sentencepiece(scheme)
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({"prompt": "2+2=", "completion": "4"}))
+    (example,) = load_examples((path,), tokenizer, context=64, held_out=0).train
+    assert example.input_ids.tolist() == [*tokenizer("2+2=4")["input_ids"], 2]
+    assert (example.labels != -100).tolist() == [False] * (len(example.labels) - 2) + [True] * 2
+
+    turns = [("user", "hi"), ("assistant", "ho"), ("user", "so"), ("assistant", "yes")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    path.write_text(json.dumps({"messages": messages}))
+    tokenizer.chat_template = TEMPLATE
+    (example,) = load_examples((path,), tokenizer, context=64, held_out=0).train
+    written = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert example.input_ids.tolist() == tokenizer(written, add_special_tokens=False)["input_ids"]
+    learned = tokenizer.convert_ids_to_tokens(example.labels[example.labels != -100].tolist())
+    assert learned == ["ho", "</s>", "yes", "</s>"]
+
+
+@pytest.mark.parametrize("scheme", ["normalizer", "metaspace"])
+def test_a_prompt_that_ends_within_a_token_is_kept_as_a_server_has_it(
+    tmp_path: Path, scheme: str
+) -> None:
+    """ "Is it? " ends with a space of its own, which the joined text gives to the next word."""
+    tokenizer = sentencepiece(scheme)
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({"prompt": "Is it? ", "completion": "yes"}))
+    (example,) = load_examples((path,), tokenizer, context=64, held_out=0).train
+    tokens = tokenizer.convert_ids_to_tokens(example.input_ids.tolist())
+    assert tokens == [
+        *tokenizer.convert_ids_to_tokens(tokenizer("Is it? ")["input_ids"]),
+        "yes",
+        "</s>",
+    ]
 
 
 def test_text_key_makes_text_of_any_rows(

@@ -183,12 +183,18 @@ def _tokenise(
             pieces, first_has_special_tokens = _pieces(where, row, tokenizer)
             ids: list[int] = []
             labels: list[int] = []
+            before = ""
             for place, (text, learned) in enumerate(pieces):
                 require_unicode(text, where)
                 special = place == 0 and first_has_special_tokens
-                part = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+                part = (
+                    tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"]
+                    if special
+                    else _continuation(before, text, tokenizer)
+                )
                 ids += part
                 labels += part if learned else [IGNORED] * len(part)
+                before += text
             if first_has_special_tokens:
                 ids.append(tokenizer.eos_token_id)
                 labels.append(tokenizer.eos_token_id)
@@ -206,6 +212,24 @@ def _tokenise(
             f"data: no example keeps a token to learn within context={context}; raise context"
         )
     return examples, cut, dropped
+
+
+def _continuation(before: str, text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens by which `text` goes on after the tokens of `before`.
+
+    Of the two together, because tokenizers of the SentencePiece kind begin every text with a space.
+    Where the last token of `before` would grow into `text` a server has sent it already, so `text`
+    then follows a line break, which no token grows beyond; if that is untrue, it stands alone.
+    """
+
+    def tokens(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    for context in (before, "\n"):
+        head, whole = tokens(context), tokens(context + text)
+        if whole[: len(head)] == head:
+            return whole[len(head) :]
+    return tokens(text)
 
 
 def _pieces(where: str, row: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[Pieces, bool]:

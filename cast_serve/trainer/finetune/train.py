@@ -75,6 +75,10 @@ def run(config: FinetuneConfig, console: Console) -> None:
         length = steps * config.batch_size * config.gradient_accumulation
         stream = ExampleStream(examples.train, length=length, seed=config.seed)
         FinetuneTrainer(config, model, stream, arguments).train()
+    # The loss is looked at where it is logged, and not after the last step.
+    broken = (name for name, p in model.named_parameters() if not p.isfinite().all())
+    if (name := next(broken, None)) is not None:
+        raise RunError(f"{name} is not finite after {steps} steps; lower lr or raise warmup")
     if config.merge:
         assert isinstance(model, PeftModel)
         model = merge(model)
