@@ -15,7 +15,7 @@ from cast_serve.trainer.evaluation.choices import (
     read_items,
     score_items,
 )
-from cast_serve.trainer.evaluation.harness import require_lm_eval, run_tasks
+from cast_serve.trainer.evaluation.harness import find_tasks, run_tasks
 
 WORDS = ["whale", "ship", "sea", "a harpoon", "no", "ö", "the captain of it"]
 
@@ -154,9 +154,8 @@ def test_lm_eval_gives_the_same_numbers(model, tokenizer, items, tmp_path):
     tasks = tmp_path / "tasks"
     tasks.mkdir()
     (tasks / "local.yaml").write_text(TASK.format(data=data, cache=tmp_path / "cache"))
-    found = run_tasks(
-        model, tokenizer, ["local_choice"], include_path=tasks, batch_size=4, limit=None
-    )
+    local = find_tasks(["local_choice"], include_path=tasks)
+    found = run_tasks(model, tokenizer, local, batch_size=4, limit=None)
     ours = score_items(model, tokenizer, items, between="\nAnswer:", batch_size=8)
     assert found["local_choice"] == {
         "acc,none": ours.acc,
@@ -168,14 +167,13 @@ def test_lm_eval_gives_the_same_numbers(model, tokenizer, items, tmp_path):
 
 
 @pytest.mark.slow
-def test_lm_eval_unknown_task(tiny_models, tokenizer):
+def test_lm_eval_unknown_task():
     pytest.importorskip("lm_eval")
-    model = tiny_models["llama"]()
     with pytest.raises(RunError, match="lm-eval knows no local_choices"):
-        run_tasks(model, tokenizer, ["local_choices"], include_path=None, batch_size=1, limit=None)
+        find_tasks(["local_choices"], include_path=None)
 
 
 def test_lm_eval_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(RunError, match=r"needs lm-eval; install it: pip install 'cast-serve\[eval"):
-        require_lm_eval()
+        find_tasks(["piqa"], include_path=None)

@@ -101,6 +101,17 @@ def test_refusals_are_one_line(evaluate, text_file, tmp_path, flags, message):
     assert err.count("\n") == 1
 
 
+def test_what_is_missing_is_said_before_the_model_is_loaded(evaluate, text_file, monkeypatch):
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("cast_serve.trainer.evaluation.evaluate.load_checkpoint", load)
+    missing = text_file.with_name("missing.txt")
+    status, _, err = evaluate("--text", text_file, missing)
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert f"text: {missing}: cannot be read: No such file" in err
+
+
 def test_no_checkpoint(capsys, tmp_path):
     assert main(["evaluate", str(tmp_path), "--text", "x"]) == 2
     assert "holds no config.json" in capsys.readouterr().err

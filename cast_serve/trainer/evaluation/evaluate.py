@@ -1,6 +1,8 @@
 """One evaluation: a checkpoint, and everything that was asked of it."""
 
+import errno
 import math
+import os
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +13,7 @@ import torch
 from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.evaluation.checkpoint import Loaded, load_checkpoint
 from cast_serve.trainer.evaluation.choices import Item, read_items, score_items
-from cast_serve.trainer.evaluation.harness import TaskResults, require_lm_eval, run_tasks
+from cast_serve.trainer.evaluation.harness import find_tasks, run_tasks
 from cast_serve.trainer.evaluation.perplexity import Score, score_strided, score_windows
 from cast_serve.trainer.evaluation.text import Join, token_stream
 from cast_serve.trainer.processes import takes_gpu
@@ -68,8 +70,12 @@ def evaluate(request: Request) -> dict[str, Any]:
         CheckpointError: damaged weights, or a format that is not read.
     """
     # What fails fast goes before the model is loaded.
+    tasks = None
     if request.tasks:
-        require_lm_eval()
+        tasks = find_tasks(request.tasks, include_path=request.include_path)
+    for path in request.text:
+        if not path.exists():
+            raise RunError(f"text: {path}: cannot be read: {os.strerror(errno.ENOENT)}")
     items = {path: read_items(path)[: request.limit] for path in request.zero_shot}
     loaded = load_checkpoint(request.model, dtype=_dtype(request))
     device = "cuda" if takes_gpu(request.device) else "cpu"
@@ -83,7 +89,15 @@ def evaluate(request: Request) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "text": text,
         "zero_shot": zero_shot,
-        "tasks": _tasks(loaded, request),
+        "tasks": run_tasks(
+            loaded.model,
+            loaded.tokenizer,
+            tasks,
+            batch_size=request.batch_size,
+            limit=request.limit,
+        )
+        if tasks
+        else {},
         "versions": {name: version(name) for name in ("cast-serve", "torch", "transformers")},
     }
     return finite(result)
@@ -147,16 +161,3 @@ def _zero_shot(loaded: Loaded, path: Path, items: list[Item], request: Request) 
         batch_size=request.batch_size,
     )
     return {"file": path.name, "between": request.between} | asdict(accuracy)
-
-
-def _tasks(loaded: Loaded, request: Request) -> TaskResults:
-    if not request.tasks:
-        return {}
-    return run_tasks(
-        loaded.model,
-        loaded.tokenizer,
-        list(request.tasks),
-        include_path=request.include_path,
-        batch_size=request.batch_size,
-        limit=request.limit,
-    )
