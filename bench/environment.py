@@ -18,6 +18,9 @@ import torch
 
 from cast_serve.bench.paths import ROOT, is_checkout
 
+# What benchmarks write themselves: one that ran before has not changed what is measured.
+_WRITTEN = (":!bench/results", ":!*.md")
+
 
 def require_gpu() -> torch.device:
     """The current CUDA device.
@@ -119,7 +122,8 @@ def _commit() -> str:
     if not is_checkout():
         return _version("cast-serve")
     head = _command("git", "rev-parse", "HEAD")
-    changed = head != "unknown" and _command("git", "status", "--porcelain", "-uno") != ""
+    status = ("git", "status", "--porcelain", "-uno", "--", ".", *_WRITTEN)
+    changed = head != "unknown" and _command(*status) != ""
     return f"{head[:12]}-dirty" if changed else head
 
 
