@@ -109,7 +109,7 @@ def join(device: str) -> Iterator[Processes]:
         raise RunError(f"WORLD_SIZE is {count} without MASTER_ADDR; start with torchrun")
     # gloo on GPU machines, too: for what is offloaded to host memory, and for objects.
     distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=_PATIENCE)
-    try:
-        yield Processes(rank=rank, count=count, device=place)
-    finally:
-        distributed.destroy_process_group()
+    yield Processes(rank=rank, count=count, device=place)
+    # Not where the block failed: it would wait for the others, which wait for this process. It is
+    # to say why and exit, upon which torchrun ends them.
+    distributed.destroy_process_group()
