@@ -20,7 +20,6 @@ The arithmetic is in adams_rule.py (the rule as written) and adams_fused.py (GPU
 works on: parameter groups, state, and the shards of a weight that several processes hold.
 """
 
-import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -28,8 +27,9 @@ from typing import Any, Literal
 import torch
 
 from cast_serve.trainer import flips
-from cast_serve.trainer.adams_rule import Implementation, Reference, Slot, StepNumbers
+from cast_serve.trainer.adams_rule import Implementation, Slot, StepNumbers
 from cast_serve.trainer.config import Pattern
+from cast_serve.trainer.refresh import Masked, make_implementation, refresh_masks
 from cast_serve.trainer.schedule import decay_share, masked_speed
 from cast_serve.trainer.sharding import check_groups_whole, local, ranks_of, sum_over_ranks
 
@@ -178,11 +178,8 @@ class AdamS(torch.optim.Optimizer):
         """What computes the steps of group `index`."""
         group = self.param_groups[index]
         name = group["implementation"]
-        if name == "auto":
-            on_gpu = any(weight.is_cuda for weight in group["params"][:1])
-            name = "triton" if on_gpu and importlib.util.find_spec("triton") else "reference"
         if (index, name) not in self._implementations:
-            self._implementations[index, name] = _make(name)
+            self._implementations[index, name] = make_implementation(name, group["params"])
         return self._implementations[index, name]
 
     def _refresh(self, group: dict[str, Any], implementation: Implementation) -> None:
@@ -200,9 +197,9 @@ class AdamS(torch.optim.Optimizer):
         changed = [
             (
                 weights[0],
-                implementation.refresh(
-                    [self._ranked(weight) for weight in weights],
-                    [local(self.state[weight]["mask"]) for weight in weights],
+                refresh_masks(
+                    implementation,
+                    [self._masked(weight) for weight in weights],
                     pattern,
                     input_dim=input_dim,
                 ),
@@ -212,11 +209,12 @@ class AdamS(torch.optim.Optimizer):
         total = sum(weight.numel() for weight in group["params"])
         group["flips"] = None if first else sum_over_ranks(changed).double() / total
 
-    def _ranked(self, weight: torch.Tensor) -> torch.Tensor:
-        """What the mask of `weight` keeps the largest of."""
-        here = local(weight.detach())
-        importance = self._importance.get(weight)  # type: ignore[call-overload]
-        return here if importance is None else here * importance
+    def _masked(self, weight: torch.Tensor) -> Masked:
+        return Masked(
+            weight=local(weight.detach()),
+            mask=local(self.state[weight]["mask"]),
+            importance=self._importance.get(weight),  # type: ignore[call-overload]
+        )
 
     def _slots(self, index: int, weights: list[torch.Tensor]) -> list[Slot]:
         """Slots of `weights`, of group `index`: the last step's list unless a tensor is another.
@@ -243,15 +241,6 @@ class AdamS(torch.optim.Optimizer):
                 for weight, (mu, nu, mask) in zip(weights, tensors, strict=True)
             ]
         return bound.slots
-
-
-def _make(name: str) -> Implementation:
-    if name == "reference":
-        return Reference()
-    # Triton is there where torch has CUDA, and not everywhere else.
-    from cast_serve.trainer.adams_fused import Fused
-
-    return Fused()
 
 
 def _numbers(group: dict[str, Any]) -> StepNumbers:

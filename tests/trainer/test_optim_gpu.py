@@ -7,8 +7,11 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import adams_cases
 from adams_cases import MASK_PATTERNS, STEP_CASES, Case
+from transformers.pytorch_utils import Conv1D
 
 from cast_serve.trainer.config import Pattern
+from cast_serve.trainer.methods.adamw import MaskedAdamW
+from cast_serve.trainer.methods.layers import MaskedConv1D, MaskedLinear
 from cast_serve.trainer.optim import AdamS
 
 pytestmark = pytest.mark.gpu
@@ -118,3 +121,35 @@ def test_weights_of_bfloat16_take_the_reference(caplog: pytest.LogCaptureFixture
     said = [record.message for record in caplog.records if "slow way" in record.message]
     # One for masks and one for updates.
     assert len(said) == 2 and all("float32" in message for message in said)
+
+
+@pytest.mark.parametrize("weighed", [False, True])
+def test_masked_adamw_refreshes_every_step(weighed: bool):
+    """SR-STE's masks: those that each layer would choose by itself, and no wait for the device."""
+    pattern = Pattern(kept=2, group=4)
+    options = {"blocks": 2, "pattern": pattern, "straight_through": True, "learn_scale": False}
+    layers = [
+        MaskedLinear(torch.nn.Linear(192, 64, bias=False), **options),
+        MaskedConv1D(Conv1D(64, 192), **options),
+        MaskedLinear(torch.nn.Linear(64, 192, bias=False), **options),
+    ]
+    model = torch.nn.Sequential(*layers).cuda()
+    if weighed:
+        for layer in layers:
+            layer.set_importance(torch.linspace(0.1, 2, layer.weight.shape[layer.input_dim]))
+    optimizer = MaskedAdamW(model, lr=1e-2, decay=2e-4, mask_interval=1)
+    flips = []
+    for step in range(6):
+        generator = torch.Generator("cuda").manual_seed(step)
+        for layer in layers:
+            shape = layer.weight.shape
+            layer.weight.grad = torch.randn(shape, generator=generator, device="cuda")
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
+        try:
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        for layer in layers:
+            assert torch.equal(layer.mask, layer.current_mask(pattern))
+        flips.append(optimizer.flips)
+    assert all(0 < share < 1 for share in flips)

@@ -19,8 +19,10 @@ import torch
 from torch import nn
 
 from cast_serve.trainer import flips
+from cast_serve.trainer.adams_rule import Implementation
 from cast_serve.trainer.layers import optimizer_groups
 from cast_serve.trainer.methods.layers import masked_layers
+from cast_serve.trainer.refresh import Masked, make_implementation, refresh_masks
 
 
 class MaskedAdamW(torch.optim.AdamW):
@@ -42,7 +44,15 @@ class MaskedAdamW(torch.optim.AdamW):
         eps: float = 1e-8,
     ) -> None:
         """Args: decay: lambda. mask_interval: steps a mask is kept for, None for ever."""
-        super().__init__(optimizer_groups(model), lr=lr, betas=betas, eps=eps, weight_decay=0.0)
+        super().__init__(
+            optimizer_groups(model),
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=0.0,
+            # One launch for all weights; torch takes it by itself nowhere.
+            fused=next(model.parameters()).is_cuda,
+        )
         for group in self.param_groups:
             group |= {
                 "decay": decay,
@@ -53,6 +63,8 @@ class MaskedAdamW(torch.optim.AdamW):
                 "flips": None,
             }
         self._layers = {layer.weight: layer for _, layer in masked_layers(model)}
+        # By the dimension that groups run along.
+        self._implementations: dict[int, Implementation] = {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -111,7 +123,18 @@ class MaskedAdamW(torch.optim.AdamW):
                 weight.grad.add_(pruned, alpha=share * group["decay"])
 
     def _refresh(self, group: dict[str, Any]) -> None:
-        changed = [self._layers[weight].refresh_mask_() for weight in group["params"]]
+        layers = [self._layers[weight] for weight in group["params"]]
+        input_dim = group["input_dim"]
+        if input_dim not in self._implementations:
+            self._implementations[input_dim] = make_implementation("auto", group["params"])
         # A tensor, that nothing is waited for: SR-STE comes here every step.
-        total = sum(weight.numel() for weight in group["params"])
-        group["flips"] = torch.stack(changed).sum().double() / total
+        changed = refresh_masks(
+            self._implementations[input_dim],
+            [
+                Masked(weight=layer.weight, mask=layer.mask, importance=layer.importance)
+                for layer in layers
+            ],
+            layers[0].pattern,
+            input_dim=input_dim,
+        )
+        group["flips"] = changed.double() / sum(weight.numel() for weight in group["params"])
