@@ -220,9 +220,13 @@ def recompute_activations(model: PreTrainedModel) -> None:
 
 
 def compile_blocks(model: PreTrainedModel) -> None:
-    """Run every decoder block through torch.compile: one compilation serves them all."""
+    """Run every decoder block through torch.compile: one compilation serves them all.
+
+    Each batch size has its own: evaluation has others than training, and torch.compile would make
+    the batch a variable for all that comes after the second one.
+    """
     for block in decoder_blocks(model):
-        block.compile()
+        block.compile(dynamic=False)
 
 
 def blocks_name(model: PreTrainedModel) -> str:

@@ -1,7 +1,12 @@
 """The loss inside of the head: which models allow it, and that it is the loss from logits."""
 
+from functools import partialmethod
+from importlib.util import find_spec
+
 import pytest
 import torch
+from rich.console import Console
+from torch import nn
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -16,10 +21,12 @@ from transformers import (
 from cast_serve.trainer.config import RunConfig
 from cast_serve.trainer.distill import Projection
 from cast_serve.trainer.errors import RunError
+from cast_serve.trainer.evaluate import mean_loss
 from cast_serve.trainer.head import loss_head, put_loss_head, returns_its_head
 from cast_serve.trainer.layers import compile_blocks
 from cast_serve.trainer.objective import Objective, next_tokens, prepare_head
 from cast_serve.trainer.teacher import Teacher
+from cast_serve.trainer.train import run
 
 SHAPE = {
     "vocab_size": 64,
@@ -154,6 +161,27 @@ def test_blocks_are_compiled_once_for_all_and_for_all_steps(tiny_models):
     assert counters["stats"]["unique_graphs"] == 1
 
 
+def test_evaluation_leaves_training_its_own_shapes(tiny_models, monkeypatch):
+    """A graph whose batch is a variable takes it as a SymInt."""
+    shapes, compiled = [], nn.Module.compile
+
+    def backend(graph, inputs):
+        batches = [x.shape[0] for x in inputs if isinstance(x, torch.Tensor) and x.dim() == 3]
+        shapes.append((batches[0], any(isinstance(x, torch.SymInt) for x in inputs)))
+        return graph.forward
+
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(compiled, backend=backend))
+    model = tiny_models["llama"]()
+    head = put_loss_head(model)
+    torch.compiler.reset()
+    compile_blocks(model)
+    ids = torch.randint(257, (20, 16), generator=torch.Generator().manual_seed(0))
+    # Batches of 8, 8 and 4, then the one of training.
+    mean_loss(model, ids)
+    Objective(eta=0.0)(model, head, ids[:16], None).total.backward()
+    assert shapes == [(8, False), (4, False), (16, False)]
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_liger(temperature):
     pytest.importorskip("liger_kernel", reason="Liger-Kernel is not installed")
@@ -186,3 +214,16 @@ def test_logits_are_kept_where_asked(tiny_models, make_config):
     config: RunConfig = make_config(loss="logits")
     assert prepare_head(model, config) is None
     assert loss_head(model) is None
+
+
+def test_liger_is_not_recorded(make_config):
+    with pytest.raises(RunError, match="cuda_graph: Liger-Kernel's backward pass reads"):
+        make_config(loss="liger", cuda_graph=True, device="auto")
+
+
+@pytest.mark.skipif(find_spec("liger_kernel") is not None, reason="Liger-Kernel is installed")
+def test_without_liger_nothing_is_begun(make_config):
+    config = make_config(loss="liger")
+    with pytest.raises(RunError, match=r"loss: liger needs .* pip install liger-kernel"):
+        run(config, Console(quiet=True))
+    assert not config.run_dir.exists()
