@@ -180,5 +180,10 @@ def _check_graph(config: "RunConfig") -> None:
         raise RunError(
             "cuda_graph: document_attention looks at every batch on the host; use one of the two"
         )
+    if config.loss == "liger":
+        raise RunError(
+            "cuda_graph: Liger-Kernel's backward pass reads a number of the GPU's on the host, "
+            "which a graph cannot; use loss: chunked"
+        )
     if config.teacher == "offload":
         raise RunError("cuda_graph: a teacher in host memory cannot be recorded; use resident")

@@ -8,14 +8,17 @@ inputs on a sample of the training text, measured once; the weights change, and 
     OUTPUT.run/importance.safetensors    fp32 [K] of each layer: root mean square over the tokens
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from cast_serve.trainer.data import BlockStream
+from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.layers import LayerChoice, scaled_layers
 from cast_serve.trainer.methods.start import calibration_ids
 from cast_serve.trainer.oneshot.prune import collect
@@ -38,14 +41,14 @@ def kept_or_measured(
         resumed: take what was kept when the run began.
 
     Raises:
-        RunError: an input is not finite, or a layer is never reached.
+        RunError: an input is not finite, or a layer is never reached; what was kept is damaged, or
+            cannot be written.
     """
     path = run_dir / IMPORTANCE
     if resumed and path.is_file():
-        return load_file(path)
+        return _read(path)
     norms = measure(model, layers, calibration_ids(stream))
-    run_dir.mkdir(parents=True, exist_ok=True)
-    save_file(norms, path)
+    _write(norms, path)
     return norms
 
 
@@ -70,3 +73,23 @@ def set_importance(model: torch.nn.Module, norms: Mapping[str, torch.Tensor]) ->
     """Give every scaled layer of `model` the norms of its inputs; in place."""
     for name, layer in scaled_layers(model):
         layer.set_importance(norms[name])
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise RunError(
+            f"resume: {path} is damaged: {error}; remove it, it is measured again"
+        ) from error
+
+
+def _write(norms: dict[str, torch.Tensor], path: Path) -> None:
+    staging = path.with_name(f"{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(norms, staging)
+        os.replace(staging, path)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RunError(f"output: cannot write {path.parent}: {reason}") from error

@@ -8,20 +8,28 @@ logs/            TensorBoard
 plots/           PNG, at the end
 teacher/         a cached teacher's top tokens
 importance.safetensors    norms of the layers' inputs, where masks take them into account
+.lock            of the one process that writes all this, as long as it does
 """
 
+import fcntl
 import json
+import logging
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from cast_serve.trainer.config import RunConfig
 from cast_serve.trainer.errors import RunError
 
+logger = logging.getLogger(__name__)
+
 STAGING = ".staging"
 IMPORTANCE = "importance.safetensors"
+_LOCK = ".lock"
 # 1 had checkpoints of transformers.Trainer.
 _FORMAT = 2
 
@@ -40,6 +48,64 @@ class Fixed:
     dense_loss: float
     # Of the data sets of the hub, by name.
     hub_commits: dict[str, str] = field(default_factory=dict)
+    # Of the text that dense_loss is of; empty in runs that were begun without it.
+    evaluation_sha256: str = ""
+
+
+@contextmanager
+def held(config: RunConfig) -> Iterator[None]:
+    """The folders of a run, checked, and this process' alone until the end of the block.
+
+    Two that write one run would empty each other's .staging. A dry run writes nothing: it holds
+    nothing either.
+
+    Raises:
+        RunError: as check_folders; another process holds them; they cannot be written.
+    """
+    if config.dry_run or not config.run_dir.is_dir():
+        # First: a run that is refused makes no folder.
+        check_folders(config)
+    if config.dry_run:
+        yield
+        return
+    with _lock(config.run_dir):
+        try:
+            # Until it was locked, another process may have written.
+            check_folders(config)
+            yield
+        finally:
+            # Before it is released: after that, another process may have it.
+            with suppress(OSError):
+                (config.run_dir / _LOCK).unlink()
+                # Holds something, unless the run did not come to its first step.
+                config.run_dir.rmdir()
+
+
+def _lock(run_dir: Path) -> IO[str]:
+    """The run's lock, locked until it is closed: by the system, if the process is killed."""
+    path = run_dir / _LOCK
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
+    except OSError as error:
+        raise RunError(f"output: cannot write {run_dir}: {error.strerror}") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise RunError(
+            f"output: another cast-train is writing {run_dir}; wait for it, or end it"
+        ) from error
+    except OSError as error:
+        # Not every network file system can.
+        logger.warning(
+            "%s cannot be locked (%s): start no second cast-train on it", run_dir, error.strerror
+        )
+    if os.fstat(file.fileno()).st_nlink:
+        return file
+    # Removed by a process that ended before it was locked here: it keeps nobody out.
+    file.close()
+    return _lock(run_dir)
 
 
 def check_folders(config: RunConfig) -> None:
@@ -58,8 +124,8 @@ def check_folders(config: RunConfig) -> None:
         return
     if output.is_dir() and any(output.iterdir()):
         raise RunError(f"output: {output} is not empty; name another folder or remove it")
-    # Computed before the run is recorded, and left where that was cut off.
-    early = ("teacher", IMPORTANCE)
+    # There before the run is recorded, and left where that was cut off.
+    early = ("teacher", IMPORTANCE, f"{IMPORTANCE}.part", "run.json.part", _LOCK)
     if run_dir.exists() and any(path.name not in early for path in run_dir.iterdir()):
         raise RunError(
             f"output: {run_dir} holds an earlier run; continue it with --resume or remove it"

@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -107,12 +107,12 @@ class TeacherCache:
             RunError: the disk is full or cannot be written.
         """
         missing = self.missing(sequences)
-        count = max(1, _SHARD_BYTES // self._origin.sequence_bytes)
+        rows_of_a_shard = max(1, _SHARD_BYTES // self._origin.sequence_bytes)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             record = {"format": _FORMAT} | asdict(self._origin)
             (self._folder / "teacher.json").write_text(json.dumps(record, indent=2) + "\n")
-            while rows := list(islice(missing, count)):
+            while rows := list(islice(missing, rows_of_a_shard)):
                 batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
                 parts = [self._compute(torch.stack(batch), teacher) for batch in batches]
                 self._write({key: torch.cat([part[key] for part in parts]) for key in parts[0]})
@@ -123,8 +123,18 @@ class TeacherCache:
             ) from error
 
     def read(self, ids: torch.Tensor) -> Item:
-        """teacher_log_p, teacher_ids (int32) and teacher_log_rest of one sequence, on the CPU."""
-        path, row = self._places[_sha256(ids)]
+        """teacher_log_p, teacher_ids (int32) and teacher_log_rest of one sequence, on the CPU.
+
+        Raises:
+            RunError: it is not there.
+        """
+        place = self._places.get(_sha256(ids))
+        if place is None:
+            raise RunError(
+                f"teacher: {self._folder} holds nothing of a sequence of the run; continue with "
+                "--resume, which computes it"
+            )
+        path, row = place
         if path not in self._open:
             self._open[path] = safe_open(path, framework="pt")
         shard = self._open[path]
@@ -148,8 +158,9 @@ class TeacherCache:
         }
 
     def _write(self, tensors: Item) -> None:
-        number = len({path for path, _ in self._places.values()})
-        path = self._folder / f"shard-{number:05}.safetensors"
+        paths = (self._folder / f"shard-{number:05}.safetensors" for number in count())
+        # Not behind the last: one that was damaged and removed leaves its number free.
+        path = next(path for path in paths if not path.exists())
         staging = path.with_suffix(".part")
         save_file(tensors, staging)
         os.replace(staging, path)

@@ -1,7 +1,9 @@
 """One CAST run from a dense checkpoint to the sparse one: plan, train, finish (finish.py)."""
 
 import math
+from contextlib import ExitStack
 from functools import partial
+from importlib.util import find_spec
 
 import torch
 from rich.console import Console
@@ -36,7 +38,7 @@ from cast_serve.trainer.processes import Processes, join
 from cast_serve.trainer.report import render_plan
 from cast_serve.trainer.run_dir import (
     Fixed,
-    check_folders,
+    held,
     last_checkpoint,
     read_run,
     write_run,
@@ -54,15 +56,17 @@ def run(config: RunConfig, console: Console) -> None:
     Raises:
         RunError: anything a user can put right, said in one line.
     """
-    with join(config.device) as processes:
+    with join(config.device) as processes, ExitStack() as folders:
         # highlight=False as in main.py.
         shown = console if processes.is_first else Console(quiet=True, highlight=False)
+        processes.on_first(lambda: folders.enter_context(held(config)))
         _run(config, shown, processes)
 
 
 def _run(config: RunConfig, console: Console, processes: Processes) -> None:
-    processes.on_first(lambda: check_folders(config))
     require_lambda(config)
+    if config.loss == "liger" and find_spec("liger_kernel") is None:
+        raise RunError("loss: liger needs Liger-Kernel; install it: pip install liger-kernel")
     if config.offload and processes.count == 1:
         raise RunError("offload: needs several processes; start them with torchrun")
     if config.cuda_graph and (processes.count > 1 or processes.device.type != "cuda"):
@@ -206,6 +210,7 @@ def _train(
             data_sha256=corpus.sha256,
             dense_loss=dense_loss,
             hub_commits=commits,
+            evaluation_sha256=corpus.evaluation_sha256,
         )
         begun = fixed
         processes.on_first(lambda: write_run(config, begun))
@@ -267,6 +272,11 @@ def check_same_data(fixed: Fixed, corpus: Corpus) -> None:
         raise RunError(
             "resume: the data files no longer give the tokens the run was started on; "
             "restore them, or start a new run with another --output"
+        )
+    if fixed.evaluation_sha256 not in ("", corpus.evaluation_sha256):
+        raise RunError(
+            "resume: eval_data no longer gives the tokens that the dense model was evaluated on; "
+            "restore it, or start a new run with another --output"
         )
 
 

@@ -7,15 +7,18 @@ from dataclasses import replace
 import pytest
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from cast_serve.kernels.pattern import nm_mask
+from cast_serve.trainer import importance, refresh
+from cast_serve.trainer.adams_rule import Reference
 from cast_serve.trainer.config import Pattern
 from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.gradient import Gradient
-from cast_serve.trainer.importance import measure, set_importance
+from cast_serve.trainer.importance import kept_or_measured, measure, set_importance
 from cast_serve.trainer.layers import ScaledConv1D, ScaledLinear, add_scales, choose_layers
 from cast_serve.trainer.methods.adamw import MaskedAdamW
 from cast_serve.trainer.methods.layers import MaskedConv1D, MaskedLinear
@@ -87,6 +90,36 @@ def test_optimizer_masks_by_them(transposed):
         weight.grad = torch.zeros_like(weight)
         one.step()
         ((_, found),) = one.masked_weights()
+        assert torch.equal(found, mask)
+
+
+def test_optimizer_weighs_few_weights_at_once(monkeypatch):
+    """A product with the norms is as large as its weight."""
+    layers = [scaled(False)[0] for _ in range(3)]
+    weights = [layer.weight for layer in layers]
+    norms = torch.linspace(0.1, 2, weights[0].shape[1])[None]
+    optimizer = AdamS(
+        [{"params": weights, "input_dim": 1}],
+        lr=1e-3,
+        decay=1e-4,
+        total_steps=10,
+        pattern=TWO_OF_FOUR,
+        importance=dict.fromkeys(weights, norms),
+    )
+    computed, sizes = Reference.refresh, []
+
+    def counted(self, weights, masks, pattern, *, input_dim):
+        sizes.append(len(weights))
+        return computed(self, weights, masks, pattern, input_dim=input_dim)
+
+    monkeypatch.setattr(Reference, "refresh", counted)
+    monkeypatch.setattr(refresh, "RANKED_AT_ONCE", 2 * weights[0].numel())
+    expected = [nm_mask(weight.detach() * norms, kept=2, group=4) for weight in weights]
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    assert sizes == [2, 1]
+    for (_, found), mask in zip(optimizer.masked_weights(), expected, strict=True):
         assert torch.equal(found, mask)
 
 
@@ -173,6 +206,50 @@ def test_a_start_that_was_cut_off_is_no_run(make_config):
     (config.run_dir / IMPORTANCE).write_bytes(b"half of it")
     run(config, QUIET)
     assert load_file(config.run_dir / IMPORTANCE)
+
+
+def test_damaged_norms_are_refused(make_config):
+    config = make_config(mask_metric="activation", allow_short_travel=True, steps=1)
+    run(config, QUIET)
+    norms = config.run_dir / IMPORTANCE
+    before = norms.read_bytes()
+    norms.write_bytes(b"ab")
+    message = rf"resume: {norms} is damaged: .*; remove it, it is measured again"
+    with pytest.raises(RunError, match=message):
+        run(replace(config, resume=True), QUIET)
+    norms.unlink()
+    run(replace(config, resume=True), QUIET)
+    assert norms.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")]
+)
+def test_norms_without_room(make_config, monkeypatch, error):
+    config = make_config(mask_metric="activation", allow_short_travel=True, steps=1)
+
+    def fail(tensors, path):
+        path.write_bytes(b"half")
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(importance, "save_file", fail)
+        message = f"output: cannot write {config.run_dir}: No space left on device"
+        with pytest.raises(RunError, match=message):
+            run(config, QUIET)
+    assert not (config.run_dir / IMPORTANCE).exists()
+    run(config, QUIET)
+    assert load_file(config.run_dir / IMPORTANCE)
+
+
+def test_norms_where_nothing_can_be_written(tiny_models, tmp_path):
+    (tmp_path / "file").touch()
+    model = tiny_models["llama"]()
+    choices = choose_layers(model, TWO_OF_FOUR, scaling_blocks=1)
+    stream = [{"input_ids": torch.arange(8)}]
+    run_dir = tmp_path / "file" / "out.run"
+    with pytest.raises(RunError, match=f"output: cannot write {run_dir}: Not a directory"):
+        kept_or_measured(run_dir, model, choices, stream, resumed=False)
 
 
 def test_inputs_that_are_not_finite(tiny_models):

@@ -1,26 +1,36 @@
 """Resuming a run: bit-exact after kill -9 in a step, in a save and anywhere; refused elsewhere.
 
+One that another process is writing is refused, too, resumed or not.
+
 The model is GPT-2 with dropout, so random numbers have to come back as well.
 """
 
 import dataclasses
+import errno
+import fcntl
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from parallel_runs import ended_well, start
 from rich.console import Console
 from safetensors.torch import load_file
 from training_state import read_checkpoint
 
 from cast_serve.trainer import train
+from cast_serve.trainer.data_source import DataSource
 from cast_serve.trainer.errors import RunError
-from cast_serve.trainer.run_dir import checkpoints
+from cast_serve.trainer.main import main
+from cast_serve.trainer.run_dir import checkpoints, held
 
 STEPS = 40
 QUIET = Console(quiet=True)
@@ -301,6 +311,19 @@ def test_resume_with_other_text(finished, text_file, tmp_path):
         text_file.write_text(text)
 
 
+def test_resume_with_other_text_to_evaluate_on(make_config, tmp_path):
+    """cast.json holds the perplexity of the dense model beside that of the sparse one."""
+    text = tmp_path / "eval.txt"
+    text.write_text("the captain and the whale of the sea and ship " * 12)
+    source = (DataSource(place=str(text)),)
+    config = make_config(steps=2, eval_data=source, allow_short_travel=True)
+    train.run(config, QUIET)
+    shutil.rmtree(config.output)
+    text.write_text(text.read_text().replace("whale", "squid"))
+    with pytest.raises(RunError, match="eval_data no longer gives the tokens"):
+        train.run(dataclasses.replace(config, resume=True), QUIET)
+
+
 def test_resume_needs_no_second_leave_for_short_travel(finished):
     train.run(dataclasses.replace(finished, resume=True, allow_short_travel=False), QUIET)
     assert (finished.output / "cast.json").is_file()
@@ -321,3 +344,119 @@ def test_checkpoints_beyond_the_limit_are_removed(make_config):
     config = make_config(steps=5, allow_short_travel=True, save_steps=1, save_limit=2)
     train.run(config, QUIET)
     assert [path.name for path in checkpoints(config.run_dir)] == ["checkpoint-4", "checkpoint-5"]
+
+
+HOLDER = """
+import fcntl, pathlib, sys
+
+path = pathlib.Path(sys.argv[1])
+path.parent.mkdir(exist_ok=True)
+file = path.open("a")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def another_process(run_dir: Path) -> Iterator[None]:
+    """One that holds the lock of `run_dir` until it is killed, at the end of the block."""
+    command = [sys.executable, "-c", HOLDER, str(run_dir / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout.readline() == b"held\n"
+            yield
+        finally:
+            process.kill()
+
+
+def times(folder: Path) -> dict[Path, int]:
+    """When what is in a folder was last changed."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_run_has_one_writer(gpt2_dir, text_file, tmp_path, capsys, resumed):
+    run_dir = tmp_path / "out.run"
+    short = ["--steps", "2", "--save-steps", "1"]
+    arguments = [*flags(gpt2_dir, text_file, tmp_path / "out"), *short]
+    if resumed:
+        assert main(arguments) == 0
+        arguments.append("--resume")
+    with another_process(run_dir):
+        before = times(tmp_path)
+        capsys.readouterr()
+        assert main(arguments) == 2
+        said = f"another cast-train is writing {run_dir}; wait for it, or end it"
+        assert capsys.readouterr().err == f"cast-train: error: output: {said}\n"
+        assert times(tmp_path) == before
+        # Writes nothing.
+        assert main([*arguments, "--dry-run"]) == 0
+        assert times(tmp_path) == before
+    assert main(arguments) == 0
+    assert [path.name for path in checkpoints(run_dir)] == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_a_run_is_held_until_it_ends(make_config, monkeypatch):
+    config = make_config(steps=1, allow_short_travel=True)
+    finish, refused = train.finish, []
+
+    def finish_and_try(*arguments):
+        with pytest.raises(RunError) as error, held(dataclasses.replace(config, resume=True)):
+            raise AssertionError("held twice")
+        refused.append(str(error.value))
+        finish(*arguments)
+
+    monkeypatch.setattr(train, "finish", finish_and_try)
+    train.run(config, QUIET)
+    assert "another cast-train is writing" in refused[0]
+    with held(dataclasses.replace(config, resume=True)):
+        assert (config.run_dir / ".lock").exists()
+    assert not (config.run_dir / ".lock").exists()
+
+
+@pytest.mark.parametrize("changes", [{"resume": True}, {"held_out": 0.9999}, {"context": 65}])
+def test_a_start_that_is_refused_leaves_nothing(make_config, tmp_path, changes):
+    with pytest.raises(RunError):
+        train.run(make_config(**changes), QUIET)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_that_went_with_its_run_is_taken_again(make_config, monkeypatch):
+    """Another run ends between the opening of its lock and the locking."""
+    config = make_config()
+    lock, calls = fcntl.flock, []
+
+    def after_the_other(file, operation):
+        if not calls:
+            (config.run_dir / ".lock").unlink()
+            config.run_dir.rmdir()
+        calls.append(None)
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", after_the_other)
+    with held(config):
+        assert len(calls) == 2
+        with pytest.raises(RunError, match="another cast-train is writing"), held(config):
+            pass
+
+
+def test_where_nothing_can_be_locked_a_run_goes_on(make_config, monkeypatch, caplog):
+    def fail(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    # The token cache has a lock of its own.
+    config = make_config(steps=1, allow_short_travel=True, token_cache=False)
+    train.run(config, QUIET)
+    assert (config.output / "cast.json").is_file()
+    assert f"{config.run_dir} cannot be locked (No locks available)" in caplog.text
+
+
+@pytest.mark.slow
+def test_several_processes_hear_of_another_writer(llama_dir, text_file, tmp_path):
+    with another_process(tmp_path / "out.run"):
+        refused = start(2, llama_dir, text_file, tmp_path / "out")
+    assert refused.returncode != 0
+    assert refused.stderr.count("cast-train: error: output: another cast-train is writing ") == 1
+    ended_well(start(2, llama_dir, text_file, tmp_path / "out"))

@@ -211,6 +211,28 @@ def test_damaged_shard_is_named(cached, sequences):
         TeacherCache(folder, origin)
 
 
+def test_removed_shard_is_computed_again(cached, sequences):
+    cache, teacher, origin, folder = cached()
+    cache.fill(sequences, teacher, batch_size=2)
+    first, *others = sorted(folder.glob("shard-*.safetensors"))
+    kept = [path.read_bytes() for path in others]
+    assert len(kept) == 2
+    first.unlink()
+    TeacherCache(folder, origin).fill(sequences, teacher, batch_size=2)
+    assert [path.read_bytes() for path in others] == kept
+    again = TeacherCache(folder, origin)
+    assert list(again.missing(sequences)) == []
+    for ids in sequences:
+        assert torch.equal(again.read(ids)["teacher_ids"], cache.read(ids)["teacher_ids"])
+
+
+def test_sequence_that_is_not_there(cached, sequences):
+    cache, teacher, _, folder = cached()
+    cache.fill(sequences[1:], teacher, batch_size=2)
+    with pytest.raises(RunError, match=f"{folder} holds nothing of a sequence .*--resume"):
+        cache.read(sequences[0])
+
+
 def test_more_than_the_vocabulary(make_config):
     with pytest.raises(RunError, match="teacher_top_k: 300 is more than the vocabulary of 257"):
         train.run(make_config(teacher="cached", teacher_top_k=300, dry_run=True), QUIET)

@@ -7,6 +7,7 @@ of its own, drawn by its share and read again from its start when it is used up.
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
 from math import ceil
 from pathlib import Path
@@ -63,6 +64,11 @@ class Corpus:
     def train_blocks(self) -> int:
         """Training blocks of all parts together: an epoch."""
         return sum(len(part) for part in self.parts)
+
+    @cached_property
+    def evaluation_sha256(self) -> str:
+        """Identity of the tokens of `evaluation`."""
+        return hashlib.sha256(self.evaluation.numpy().tobytes()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,6 +47,7 @@ def prune_without_training(config: RunConfig) -> None:
         data_sha256=corpus.sha256,
         dense_loss=dense,
         hub_commits=commits,
+        evaluation_sha256=corpus.evaluation_sha256,
     )
     write_run(config, fixed)
     sample = make_stream(config, corpus, length=CALIBRATION_SEQUENCES)
