@@ -4,12 +4,15 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cast_serve.trainer.arguments import Parser
 from cast_serve.trainer.config import RunConfig
 from cast_serve.trainer.data_source import DataSource
 from cast_serve.trainer.errors import RunError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Llama 2 (arXiv 2307.09288), of which CAST's results are.
 _LLAMA_2: dict[str, dict[str, Any]] = {
@@ -71,7 +74,7 @@ def main(arguments: Sequence[str]) -> int:
     # Slow to import.
     from rich.console import Console
 
-    from cast_serve.trainer.capacity import GPUS, Shape, empty_model, memory, speed
+    from cast_serve.trainer.capacity import GPUS, Shape, memory, speed
     from cast_serve.trainer.report import memory_table, size
 
     if given.gpu not in GPUS:
@@ -79,7 +82,7 @@ def main(arguments: Sequence[str]) -> int:
     if given.processes < 1 or not 0 < given.mfu <= 1 or not given.tokens >= 1:
         raise RunError("processes and tokens must be at least 1, and mfu above 0 and at most 1")
     gpu, config = GPUS[given.gpu], _run_config(given)
-    shape = Shape.of(empty_model(_model_config(given.model)), config)
+    shape = Shape.of(_empty_model(given.model), config)
     needed = memory(shape, config, context=given.context, processes=given.processes)
     pace = speed(
         shape, config, gpu, context=given.context, processes=given.processes, mfu=given.mfu
@@ -133,6 +136,21 @@ def _run_config(given: argparse.Namespace) -> RunConfig:
         compute=given.compute,
         eta=given.eta,
     )
+
+
+def _empty_model(model: str) -> "PreTrainedModel":
+    from cast_serve.trainer.capacity import empty_model
+
+    config = _model_config(model)
+    try:
+        return empty_model(config)
+    except ValueError as error:
+        # The second line has all classes that can.
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise RunError(
+            f"model: {model} makes no causal language model: {reason}; give a folder of one, or "
+            f"one of {', '.join(_LLAMA_2)}"
+        ) from error
 
 
 def _model_config(model: str) -> Any:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from cast_serve.trainer import estimate
 from cast_serve.trainer.capacity import GPUS, Shape, flops_per_token, memory, speed
 from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.layers import add_scales, choose_layers, optimizer_groups
+from cast_serve.trainer.main import main
 from cast_serve.trainer.optim import AdamS
 
 
@@ -135,3 +137,19 @@ def test_speed_is_arithmetic_at_the_share_of_the_peak(make_config, tiny_models):
 def test_refused(flags, message):
     with pytest.raises(RunError, match=message):
         estimate.main(flags)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [
+        ("t5", ".* makes no causal language model: .*T5Config.*; give a folder .*llama-2-7b"),
+        ("none-such", "no configuration in .*none-such.*llama-2-7b"),
+    ],
+)
+def test_refused_model(tmp_path, capsys, model_type, message):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    # 1 would be: it does not fit.
+    assert main(["estimate", "--model", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert re.match(f"cast-train estimate: error: model: {message}", said)
+    assert said.count("\n") == 1
