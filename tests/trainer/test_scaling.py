@@ -6,6 +6,7 @@ import csv
 import inspect
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -99,6 +100,15 @@ def test_more_noise_wider_intervals() -> None:
         )
         widths.append(high - low)
     assert 3 * widths[0] < widths[1]
+
+
+def test_bootstrap_of_several_sizes_is_of_several_sizes() -> None:
+    """Of most runs at one size many a draw has that one alone."""
+    small = runs_of(TRUE_2D, sizes=(100_000_000,))[1:6]
+    large = [runs_of(TRUE_2D, sizes=(size,))[3] for size in (400_000_000, 1_000_000_000)]
+    runs = [*small, *large]
+    laws = bootstrap(runs, fit(runs), resamples=20, seed=0)
+    assert all(law.A > 0 and law.alpha > 0 for law in laws)
 
 
 def test_bootstrap_follows_its_seed() -> None:
@@ -221,6 +231,19 @@ def test_command(table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert low < results["target"]["tokens"] < high
     assert results["target"]["tokens"] == pytest.approx(needed, rel=0.5)
     assert "loss 3.1500 (+0.05 to the dense model) needs" in printed
+
+
+@pytest.mark.parametrize("name", ["scipy", "matplotlib"])
+def test_command_says_what_to_install(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    # None in sys.modules is how Python marks a module that cannot be imported.
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(
+        RunError, match=rf"needs {name}; install it: pip install 'cast-serve\[train"
+    ):
+        main([str(table), "-o", str(tmp_path / "out"), "--resamples", "10"])
+    assert not (tmp_path / "out").exists()
 
 
 def test_command_says_not_reachable(

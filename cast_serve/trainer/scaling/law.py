@@ -85,13 +85,16 @@ def bootstrap(runs: Sequence[Run], law: Law, *, resamples: int, seed: int) -> li
     """Laws of `resamples` samples of the runs, each drawn with replacement.
 
     A draw that leaves the law undetermined is drawn again, so with few runs the laws differ less
-    than those of new runs would.
+    than those of new runs would. So is one of a single size where `law` is of several: its floor
+    would be that size's alone.
     """
     draw = np.random.default_rng(seed)
+    several = len({run.parameters for run in runs}) > 1
     laws: list[Law] = []
     while len(laws) < resamples:
         sample = [runs[place] for place in draw.integers(len(runs), size=len(runs))]
-        if _why_undetermined(sample) is None:
+        same_terms = (len({run.parameters for run in sample}) > 1) == several
+        if same_terms and _why_undetermined(sample) is None:
             problem = _Problem.of(sample)
             laws.append(problem.law(problem.best(problem.near(law))))
     return laws

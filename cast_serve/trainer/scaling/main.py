@@ -8,6 +8,7 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,6 +77,11 @@ def main(arguments: Sequence[str]) -> int:
     """
     options = build_parser().parse_args(arguments)
     _check(options)
+    missing = [name for name in ("scipy", "matplotlib") if find_spec(name) is None]
+    if missing:
+        raise RunError(
+            f"fitting a law needs {', '.join(missing)}; install it: pip install 'cast-serve[train]'"
+        )
     from rich.console import Console
 
     from cast_serve.model_loaders.errors import CheckpointError
