@@ -3,6 +3,8 @@
 import gzip
 import json
 import lzma
+import os
+import sys
 
 import pyarrow
 import pytest
@@ -130,6 +132,74 @@ def test_expand_folder(tmp_path):
         (tmp_path / name).touch()
     found = [str(path.relative_to(tmp_path)) for path in expand(tmp_path)]
     assert found == ["a.jsonl.zst", "b.txt", "sub/c.parquet"]
+
+
+def below(folder):
+    return [str(path.relative_to(folder)) for path in expand(folder)]
+
+
+def test_expand_follows_links_to_folders(tmp_path):
+    folder, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    for name in ("data/b.txt", "elsewhere/a.txt", "elsewhere/sub/c.txt", "elsewhere/.hidden/x.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (folder / "a").symlink_to(elsewhere)
+    (folder / ".b").symlink_to(elsewhere)
+    assert below(folder) == ["a/a.txt", "a/sub/c.txt", "b.txt"]
+
+
+def test_expand_ends_in_a_loop_of_links(tmp_path):
+    folder, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    for name in ("data/b.txt", "elsewhere/a.txt"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    (folder / "out").symlink_to(elsewhere)
+    (folder / "self").symlink_to(folder)
+    (elsewhere / "back").symlink_to(folder)
+    assert below(folder) == ["b.txt", "out/a.txt"]
+
+
+def test_expand_reads_a_folder_once(tmp_path):
+    """Of a folder's names the one without a link is kept, wherever it sorts."""
+    (tmp_path / "m/n").mkdir(parents=True)
+    (tmp_path / "m/n/a.txt").touch()
+    for name in ("a", "m/o", "z"):
+        (tmp_path / name).symlink_to(tmp_path / "m/n")
+    assert below(tmp_path) == ["m/n/a.txt"]
+
+
+@pytest.mark.parametrize("target", ["absent", "a.txt"])
+def test_expand_refuses_a_link_to_nothing(tmp_path, target):
+    (tmp_path / "b.txt").touch()
+    (tmp_path / "a.txt").symlink_to(tmp_path / target)
+    with pytest.raises(RunError, match=r"a\.txt: is no file, nor a link to one; move it out"):
+        expand(tmp_path)
+
+
+def test_expand_refuses_a_folder_that_cannot_be_read(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "a.txt").touch()
+    scandir = os.scandir
+
+    def deny(path):
+        if os.path.basename(path) == "closed":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", deny)
+    with pytest.raises(RunError, match="closed: cannot be read: Permission denied"):
+        expand(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.txt.zst", "a.jsonl.zst"])
+def test_documents_say_what_to_install(tmp_path, monkeypatch, name):
+    (tmp_path / name).touch()
+    # None in sys.modules is how Python marks a module that cannot be imported.
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(
+        RunError, match=r"needs pyarrow; install it: pip install 'cast-serve\[train"
+    ):
+        read(tmp_path / name)
 
 
 def test_expand_errors(tmp_path):

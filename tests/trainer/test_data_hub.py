@@ -118,6 +118,23 @@ def test_errors(folder):
         read(folder, split="test")
 
 
+def test_a_data_set_that_is_a_program(load, tmp_path, monkeypatch):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/set.py").write_text("import datasets\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunError, match=r"hub:\./set: .* found set\.py; give .* as files"):
+        load("hub:./set")
+
+
+def test_rows_say_what_to_install(folder, monkeypatch):
+    # None in sys.modules is how Python marks a module that cannot be imported.
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(
+        RunError, match=r"needs datasets; install it: pip install 'cast-serve\[train"
+    ):
+        read(folder)
+
+
 def test_absent_folder(load):
     with pytest.raises(RunError, match=r"hub:.*absent: no such folder"):
         load("hub:./absent")

@@ -87,6 +87,11 @@ def test_other_patterns_are_stock_checkpoints(prune, tmp_path, gpt2_dir):
     [
         ("wanda", ["--data"], "argument --data: expected at least one argument"),
         ("wanda", ["--data", "absent.txt"], "absent.txt: cannot be read"),
+        (
+            "wanda",
+            ["--data", "a.txt=0.9", "b.txt=0.1"],
+            "data: a.txt has a weight; calibration reads all of it",
+        ),
         ("wanda", ["--samples", 0], "samples: 0 is out of range; it must be at least 1"),
         ("wanda", ["--context", 65], "context: 65 is more than the model's 64 positions"),
         ("magnitude", ["--data", "x.txt"], "data: magnitude looks at no text"),

@@ -17,11 +17,13 @@ import gzip
 import io
 import json
 import lzma
+import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from cast_serve.trainer.errors import RunError
 
@@ -42,16 +44,14 @@ class Piece(NamedTuple):
 def expand(path: Path) -> list[Path]:
     """The file itself, or every file of a folder, also below it, sorted; hidden ones are left out.
 
+    Links are followed; a folder that several names lead to is read once.
+
     Raises:
-        RunError: no such file, an empty folder, a file of no known kind.
+        RunError: an empty folder or one that cannot be read, a file of no known kind, a link to
+            nothing.
     """
     if path.is_dir():
-        files = sorted(
-            found
-            for found in path.rglob("*")
-            if found.is_file()
-            and not any(part.startswith(".") for part in found.relative_to(path).parts)
-        )
+        files = sorted(_below(path))
         if not files:
             raise RunError(f"{path}: the folder holds no files")
     else:
@@ -64,7 +64,31 @@ def expand(path: Path) -> list[Path]:
                 f"{file}: unknown kind of file; use {known}, each also with "
                 f"{', '.join(_PACKED)}, or .parquet{elsewhere}"
             )
+        if file != path and not file.is_file():
+            raise RunError(f"{file}: is no file, nor a link to one; move it out")
     return files
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """What a folder and those below it hold, in no order, without hidden names."""
+    seen: set[str] = set()
+    # Links wait until all else is walked: of a folder's names the one without a link is kept.
+    waiting = [str(folder)]
+    while waiting:
+        for here, folders, names in os.walk(waiting.pop(0), onerror=_unreadable):
+            place = os.path.realpath(here)
+            if place in seen:
+                folders.clear()
+                continue
+            seen.add(place)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            inside = [os.path.join(here, name) for name in folders]
+            waiting += filter(os.path.islink, inside)
+            yield from (Path(here, name) for name in names if not name.startswith("."))
+
+
+def _unreadable(error: OSError) -> NoReturn:
+    raise RunError(f"{error.filename}: cannot be read: {_reason(error)}") from error
 
 
 def suffix(path: Path) -> str:
@@ -218,11 +242,9 @@ def parquet_columns(path: Path) -> list[str]:
     """The names of a .parquet's columns.
 
     Raises:
-        RunError: the file cannot be read, or is damaged.
+        RunError: the file cannot be read, or is damaged; pyarrow is not installed.
     """
-    from pyarrow import parquet
-
-    with _parquet_errors(path), parquet.ParquetFile(path, memory_map=True) as file:
+    with _parquet_file(path) as file:
         names: list[str] = file.schema_arrow.names
         return names
 
@@ -231,12 +253,11 @@ def parquet_rows(path: Path, columns: list[str]) -> Iterator[tuple[str, dict[str
     """(file and row for errors, values by column) of every row of a .parquet.
 
     Raises:
-        RunError: the file cannot be read, is damaged, or a text is not UTF-8.
+        RunError: the file cannot be read, is damaged, or a text is not UTF-8; pyarrow is not
+            installed.
     """
-    from pyarrow import parquet
-
     number = 0
-    with _parquet_errors(path), parquet.ParquetFile(path, memory_map=True) as file:
+    with _parquet_file(path) as file:
         for batch in file.iter_batches(batch_size=1024, columns=columns):
             for row in zip(*(batch.column(name) for name in columns), strict=True):
                 number += 1
@@ -249,11 +270,15 @@ def parquet_rows(path: Path, columns: list[str]) -> Iterator[tuple[str, dict[str
 
 
 @contextmanager
-def _parquet_errors(path: Path) -> Iterator[None]:
+def _parquet_file(path: Path) -> Iterator[Any]:
+    """A pyarrow.parquet.ParquetFile; what fails inside is a RunError."""
+    _require_pyarrow(path)
     import pyarrow
+    from pyarrow import parquet
 
     try:
-        yield
+        with parquet.ParquetFile(path, memory_map=True) as file:
+            yield file
     except pyarrow.ArrowInvalid as error:
         raise RunError(f"{path}: is not a whole parquet file: {_first_line(error)}") from error
     except UnicodeDecodeError as error:
@@ -277,13 +302,15 @@ def _parquet(path: Path, text_key: str) -> Iterator[Piece]:
 @contextmanager
 def _opened(path: Path) -> Iterator[io.BufferedIOBase]:
     """The bytes of a file, without its compression; what fails inside is a RunError."""
+    # In the standard library from Python 3.14 on.
+    if path.suffix == ".zst":
+        _require_pyarrow(path)
     kind = path.suffix[1:]
     damaged: tuple[type[Exception], ...] = (lzma.LZMAError, EOFError, zlib.error, gzip.BadGzipFile)
     try:
         # Opened first whatever it is, so that what keeps it closed is told from what damages it.
         with path.open("rb") as raw:
             if path.suffix == ".zst":
-                # In the standard library from Python 3.14 on.
                 import pyarrow
 
                 damaged = (*damaged, OSError)
@@ -303,6 +330,13 @@ def _opened(path: Path) -> Iterator[io.BufferedIOBase]:
         raise RunError(f"{path}: is not a whole {kind} file: {_first_line(error)}") from error
     except OSError as error:
         raise RunError(f"{path}: cannot be read: {_reason(error)}") from error
+
+
+def _require_pyarrow(path: Path) -> None:
+    if find_spec("pyarrow") is None:
+        raise RunError(
+            f"{path}: reading it needs pyarrow; install it: pip install 'cast-serve[train]'"
+        )
 
 
 def _reason(error: OSError) -> str:

@@ -7,6 +7,7 @@ the one last seen, whose tokens may be cached.
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,14 @@ def rows(hub: HubName, commit: str | None, *, text_key: str) -> Iterator[Piece]:
     """The documents in the data set's own order; `commit` is None for a folder.
 
     Raises:
-        RunError: no such configuration, split or column; the connection is lost; a row is no text.
+        RunError: no such configuration, split or column; the connection is lost; a row is no text;
+            it is a program, or in files that `datasets` does not read; that is not installed.
     """
+    if find_spec("datasets") is None:
+        raise RunError(
+            f"data: hub:{hub.name}: reading it needs datasets; install it: "
+            "pip install 'cast-serve[train]'"
+        )
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError
     from pyarrow import ArrowException
@@ -92,6 +99,11 @@ def rows(hub: HubName, commit: str | None, *, text_key: str) -> Iterator[Piece]:
     except (OSError, ValueError, DatasetsError, HfHubHTTPError, ArrowException) as error:
         place = f" after row {number}" if number else ""
         raise RunError(f"data: hub:{hub.name}{place}: {_said(error)}") from error
+    # What `datasets` says of a loading script, and (NotImplementedError) of some archives.
+    except RuntimeError as error:
+        raise RunError(
+            f"data: hub:{hub.name}: {_said(error)}; give its text as files, such as .parquet"
+        ) from error
     if empty:
         raise RunError(f"data: hub:{hub.name}: holds no text")
 

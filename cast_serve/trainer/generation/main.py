@@ -13,14 +13,17 @@ depends on the batch that it is in.
 
 import argparse
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from cast_serve.trainer.arguments import Parser
+from cast_serve.trainer.data_source import DataSource
 from cast_serve.trainer.errors import RunError
 
 # Requests handed to vLLM at once: enough to keep it busy, few enough to lose when it is stopped.
@@ -101,7 +104,8 @@ def main(arguments: Sequence[str]) -> int:
     """Exit status 0: OUT holds --tokens tokens.
 
     Raises:
-        RunError: a setting that cannot be, or other ones than the file was begun with.
+        RunError: a setting that cannot be, or other ones than the file was begun with; vLLM is not
+            installed.
     """
     own, engine = _split(list(arguments))
     given = build_parser().parse_args(own)
@@ -110,6 +114,11 @@ def main(arguments: Sequence[str]) -> int:
         raise RunError(f"tokens: {given.tokens} is out of range; it must be at least 1")
     if any(flag.partition("=")[0] == "--seed" for flag in engine):
         raise RunError("seed: give it before --, where cast-train generate takes it")
+    if find_spec("vllm") is None:
+        raise RunError(
+            "generating needs vllm; install it: pip install 'cast-serve[cuda]', or "
+            "'cast-serve[cpu]' where there is no NVIDIA GPU"
+        )
     _check_output(given.output, settings)
     from cast_serve.trainer.generation.write import write
 
@@ -122,7 +131,13 @@ def main(arguments: Sequence[str]) -> int:
 
 def _count(text: str) -> int:
     """1e9 is a number of tokens, too."""
-    return int(float(text))
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not number.is_integer():
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
+    return int(number)
 
 
 def _settings(given: argparse.Namespace) -> Settings:
@@ -140,6 +155,10 @@ def _settings(given: argparse.Namespace) -> Settings:
             raise RunError(f"{name}: {getattr(given, name)} is out of range; it must be {wanted}")
     if given.text_key is not None and not given.prompts:
         raise RunError("text_key: there are no prompts to read; give --prompts FILE")
+    sources = map(DataSource.parse, given.prompts)
+    weighted = [source.place for source in sources if source.weight is not None]
+    if weighted:
+        raise RunError(f"prompts: {weighted[0]} has a weight; prompts are cut from all of it")
     return Settings(
         model=str(given.model),
         prompts=tuple(given.prompts),

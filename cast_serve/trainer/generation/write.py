@@ -15,6 +15,7 @@ from cast_serve.trainer.data import read_tokens, to_blocks
 from cast_serve.trainer.data.tokens import end_of_document
 from cast_serve.trainer.data_source import DataSource
 from cast_serve.trainer.errors import RunError
+from cast_serve.trainer.generation.characters import Decode, without_part
 from cast_serve.trainer.generation.distinct import Distinct, Verdict
 from cast_serve.trainer.generation.prompts import Prompts, begin_token
 
@@ -41,14 +42,14 @@ def write(
     counts: Counter[str] = Counter()
     if written >= tokens:
         return counts, written
-    prompts = _prompts(settings, tokenizer)
+    prompts, decode = _prompts(settings, tokenizer), _decoder(tokenizer)
     llm = _start(settings.model, _engine_flags(settings, engine, request=request))
     with _bar() as bar:
         task = bar.add_task("tokens", total=tokens, completed=written, found="")
         while written < tokens:
             asked = [prompts[request + index] for index in range(batch)]
             kept: list[str] = []
-            for index, generated in enumerate(_complete(llm, asked, settings, request)):
+            for index, generated in enumerate(_complete(llm, asked, settings, decode)):
                 verdict = distinct.judge(generated)
                 counts[str(verdict)] += 1
                 if verdict is not Verdict.KEPT:
@@ -119,8 +120,17 @@ def _prompts(settings: "Settings", tokenizer: PreTrainedTokenizerBase) -> Prompt
         unprompted=settings.unprompted,
         begin=begin_token(tokenizer),
         end=end_of_document(tokenizer),
+        decode=_decoder(tokenizer),
         seed=settings.seed,
     )
+
+
+def _decoder(tokenizer: PreTrainedTokenizerBase) -> Decode:
+    def decode(tokens: list[int]) -> str:
+        # Of one list it is one text.
+        return str(tokenizer.decode(tokens))
+
+    return decode
 
 
 def _engine_flags(settings: "Settings", engine: list[str], *, request: int) -> list[str]:
@@ -152,9 +162,12 @@ def _start(model: str, flags: list[str]) -> Any:
 
 
 def _complete(
-    llm: Any, prompts: list[list[int]], settings: "Settings", request: int
+    llm: Any, prompts: list[list[int]], settings: "Settings", decode: Decode
 ) -> list[list[int]]:
-    """The tokens that the model writes after each prompt, without its end-of-text token."""
+    """The tokens that the model writes after each prompt, without its end-of-text token.
+
+    Nor with a part of a character, where `context` cut it off.
+    """
     from vllm import SamplingParams
 
     sampling = [
@@ -172,7 +185,7 @@ def _complete(
     for answer in answers:
         tokens = list(answer.outputs[0].token_ids)
         ended = answer.outputs[0].finish_reason == "stop"
-        written.append(tokens[:-1] if ended else tokens)
+        written.append(tokens[:-1] if ended else without_part(tokens, decode))
     return written
 
 

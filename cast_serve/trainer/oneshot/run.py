@@ -58,6 +58,9 @@ class Request:
             raise RunError("text_key: magnitude looks at no text; leave --text-key out")
         if self.method != "magnitude" and not self.data:
             raise RunError(f"data: {self.method} needs calibration text; give --data FILE")
+        weighted = [source.place for source in self.data if source.weight is not None]
+        if weighted:
+            raise RunError(f"data: {weighted[0]} has a weight; calibration reads all of it")
         for key, least in (("samples", 1), ("context", 2), ("seed", 0)):
             value = getattr(self, key)
             if value is not None and value < least:
