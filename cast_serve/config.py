@@ -50,6 +50,7 @@ class CastConfig(QuantizationConfig):
         # Where the weights lie, when that is a folder: errors then name the file.
         self.folder: Path | None = None
         self.warned_mixed = False
+        self.warned_not_offloaded = False
         # time.monotonic() when the first layer was made, and when the latest one was loaded.
         self.loading_began: float | None = None
         self.loading_ended: float | None = None
@@ -151,4 +152,14 @@ class CastConfig(QuantizationConfig):
                 layer,
                 sparse,
                 dense,
+            )
+
+    def warn_not_offloaded(self) -> None:
+        """Say once that packed layers are not moved to the CPU as was asked."""
+        if not self.warned_not_offloaded:
+            self.warned_not_offloaded = True
+            logger.warning(
+                "2:4 layers stay on the GPU: vLLM moves them by names that they have no longer, "
+                "with --offload-group-size or VLLM_WEIGHT_OFFLOADING_DISABLE_UVA=1; "
+                "--cpu-offload-gb alone moves them"
             )

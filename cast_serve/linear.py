@@ -10,17 +10,23 @@ unpacked on arrival.
 Once loaded, a sparse layer on a GPU holds `weight_packed` [N, K/2] (a name by which vLLM's LoRA
 finds a layer's device) and `metadata_0`, ...: the arguments of cast_serve::linear_2of4. On a CPU,
 where vLLM's own linear is faster, and for shapes that no kernel supports, it holds `weight` [N, K].
+
+A reload (vllm/model_executor/model_loader/reload) puts the inlets back, first on the meta device,
+and calls each loader twice: to count what it would load, and to load it. What comes out is copied
+into the tensors that the layer ran with, so the layer stays in the form that it took first.
 """
 
 import json
 import math
 import time
+import weakref
 from collections.abc import Callable
 from typing import NoReturn
 
 import torch
 from torch.nn import Module, Parameter
-from vllm.config import get_current_vllm_config
+from vllm import envs as vllm_envs
+from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import (
     LinearMethodBase,
@@ -69,8 +75,34 @@ _INLET_DTYPES = {
 # --compilation-config '{"inductor_compile_config": {"triton.enable_pdl": false}}'.
 _DEPENDENT_LAUNCH = "triton.enable_pdl"
 
-# Columns 0 and 1 of every group: a bitmask of parts that have not been read.
-_ANY_TWO = 0b0011_0011
+# Each part arrives by exactly one of these. At a reload vLLM counts how many elements arrive, and
+# takes a layer as loaded once that is the size of all its parameters. That would be too early where
+# a scale comes last, and a weight [N, K] has another size than values and bitmask. So an arriving
+# part counts 1: more than 0, which is a layer without weights, and never all. vLLM then loads the
+# layer when everything has been read.
+_COUNTED = ("weight", "compressed")
+
+
+def _unread(inlet: str) -> int:
+    """What stands for parts that have not been read: a valid bitmask, and finite values."""
+    return 0b0011_0011 if inlet == "bitmask" else 0  # columns 0 and 1 of every group
+
+
+def _offloads_by_name(vllm_config: VllmConfig) -> bool:
+    """Whether vLLM moves weights to the CPU by the names that parameters have before loading.
+
+    With UVA it moves their memory instead, which a packed layer goes on using.
+    """
+    offload = vllm_config.offload_config
+    by_group = offload.prefetch.offload_group_size > 0 and offload.offload_backend != "uva"
+    by_size = offload.uva.cpu_offload_gb > 0 and offload.offload_backend != "prefetch"
+    return by_group or (by_size and vllm_envs.VLLM_WEIGHT_OFFLOADING_DISABLE_UVA)
+
+
+def _count(inlet: str) -> None:
+    """Do what vLLM counts as one element loaded."""
+    if inlet in _COUNTED:
+        torch.empty(1, device="meta").copy_(torch.empty(1, device="meta"))
 
 
 @register_weight_loader_v2_supported_method
@@ -89,6 +121,7 @@ class CastLinearMethod(LinearMethodBase):
         self.dense_linear = UnquantizedLinearMethod()
         self.weights_are_dummies = vllm_config.load_config.load_format == "dummy"
         self.additional_config = vllm_config.additional_config
+        self.offloaded_by_name = _offloads_by_name(vllm_config)
         if self.sparse and current_platform.is_cuda():
             # Here, because vLLM copies what it compiles with as soon as the model is built.
             options = vllm_config.compilation_config.inductor_compile_config
@@ -103,7 +136,7 @@ class CastLinearMethod(LinearMethodBase):
         self.waiting: dict[PartId, dict[str, torch.Tensor]] = {}
         self.missing = {part.name for part in parts}
         self.finished = False
-        self.inlets: dict[str, ModelWeightParameter] = {}
+        self.reloading = False
         if config.loading_began is None:
             config.loading_began = time.monotonic()
 
@@ -131,35 +164,55 @@ class CastLinearMethod(LinearMethodBase):
                     "use a smaller --tensor-parallel-size"
                 )
             self.sparse = False
+        self.layer = layer
         self.load_part = extra_weight_attrs["weight_loader"]
         self.dtype = params_dtype
-        held = {"weight": columns}
+        # Columns of what the layer holds while loading.
+        self.held = {"weight": columns}
         if self.sparse:
-            held = {"compressed": columns // 2, "bitmask": columns // COLUMNS_PER_BYTE}
+            self.held = {"compressed": columns // 2, "bitmask": columns // COLUMNS_PER_BYTE}
         if self.sparse and current_platform.is_cuda():
             # While vLLM loads, a freed block of 20 MiB or more is given away whole, to whatever is
             # a little smaller: 25 MiB of an 8B model were lost in what its rotary tables had left.
             torch.cuda.empty_cache()
         for name in _INLETS:
             dtype = _INLET_DTYPES.get(name, params_dtype)
-            shape = (rows, held[name]) if name in held else (0,)
-            # Of what is never read, a bitmask is one, and values are finite.
-            data = torch.full(shape, _ANY_TWO if name == "bitmask" else 0, dtype=dtype)
+            shape = (rows, self.held[name]) if name in self.held else (int(name in _COUNTED),)
+            data = torch.full(shape, _unread(name), dtype=dtype)
             self.device = data.device
             parameter = ModelWeightParameter(
                 data=data, input_dim=1, output_dim=0, weight_loader=self._loader(name)
             )
             layer.register_parameter(name, parameter)
-            self.inlets[name] = parameter
         if self.sparse and current_platform.is_cuda():
             problem = Problem.on(self.device, N=rows, K=columns, dtype=params_dtype)
             warm_ahead(problem, self.device)
 
     def _loader(self, inlet: str) -> Callable[..., None]:
+        # vLLM keeps loaders for ever, and through them would keep a layer that is long gone.
+        method = weakref.ref(self)
+
         def receive(param: Parameter, loaded_weight: torch.Tensor, part_id: PartId = None) -> None:
-            self._receive(inlet, loaded_weight, part_id)
+            if param.is_meta:
+                _count(inlet)
+                return
+            loading = method()
+            assert loading is not None, f"{inlet} of a layer that is gone"
+            loading._receive(inlet, loaded_weight, part_id)
 
         return receive
+
+    def _inlet(self, name: str) -> Parameter:
+        """Of the layer as it is now: a reload makes other tensors."""
+        return self.layer.get_parameter(name)
+
+    def _begin_reload(self) -> None:
+        """The layer holds inlets again, whose memory nobody has written to."""
+        self.reloading, self.finished = True, False
+        self.sparse = "bitmask" in self.held
+        self.missing = {part.name for part in self.parts}
+        for name in self.held:
+            self._inlet(name).data.fill_(_unread(name))
 
     def process_weights_after_loading(self, layer: Module) -> None:
         """Turn the layer into what it runs as.
@@ -168,30 +221,36 @@ class CastLinearMethod(LinearMethodBase):
             ValueError: a part of the layer was not in the checkpoint, or CAST_SERVE_KERNEL names a
                 kernel that does not run it.
         """
-        if self.finished:
+        if not hasattr(layer, "bitmask"):
+            # An inlet: without them there is nothing to turn.
             return
+        if self.finished:
+            self._begin_reload()
         self.finished = True
         # Training checkpoints may have no scales at all: then nothing followed the weight.
         for part_id, waiting in list(self.waiting.items()):
             if "weight" in waiting:
                 self._load(waiting, part_id)
-        if self.weights_are_dummies and self.sparse:
+        self.waiting.clear()
+        # None of the tensors that vLLM makes up comes through a loader, and those of a reload do.
+        dummies = self.weights_are_dummies and not self.reloading
+        if dummies and self.sparse:
             # Random, as a model's: of one pattern alone, kernels would take less power.
-            bitmask = self.inlets["bitmask"].data
+            bitmask = self._inlet("bitmask").data
             generator = torch.Generator(bitmask.device).manual_seed(0)
             rows, columns = len(bitmask), COLUMNS_PER_BYTE * bitmask.shape[1]
             bitmask.copy_(random_mask(rows, columns, generator))
-        elif self.missing and not self.weights_are_dummies:
+        elif self.missing and not dummies:
             raise ValueError(
                 f"{', '.join(sorted(self.missing))}: not in the checkpoint, or not whole"
             )
-        held = {inlet: self.inlets[inlet].data for inlet in _INLETS}
+        held = {inlet: self._inlet(inlet).data for inlet in _INLETS}
         for inlet in _INLETS:
             delattr(layer, inlet)
-        self.inlets.clear()
         if self.sparse:
             self._check(held["compressed"], held["bitmask"])
-            self.plan = self._plan(held["compressed"])
+            if not self.reloading:
+                self.plan = self._plan(held["compressed"])
         stored = held["compressed" if self.sparse else "weight"]
         self.zeros = math.prod(self.shape) - int(stored.count_nonzero())
         if self.plan is not None:
@@ -202,7 +261,8 @@ class CastLinearMethod(LinearMethodBase):
             dense = unpack(held["compressed"], held["bitmask"]) if self.sparse else held["weight"]
             layer.weight = Parameter(dense, requires_grad=False)
             self.dense_linear.process_weights_after_loading(layer)
-        self.config.loading_ended = time.monotonic()
+        if not self.reloading:
+            self.config.loading_ended = time.monotonic()
 
     def _plan(self, values: torch.Tensor) -> Plan | None:
         """The plan by which the op runs the layer, its kernels made ready; None: to run dense."""
@@ -236,6 +296,8 @@ class CastLinearMethod(LinearMethodBase):
         return plan
 
     def _hold_sparse(self, layer: Module, weight: SparseWeight) -> None:
+        if self.offloaded_by_name:
+            self.config.warn_not_offloaded()
         named = {f"metadata_{index}": tensor for index, tensor in enumerate(weight.metadata)}
         self.metadata_names = tuple(named)
         for name, tensor in {"weight_packed": weight.values, **named}.items():
@@ -258,6 +320,11 @@ class CastLinearMethod(LinearMethodBase):
 
     def _receive(self, inlet: str, tensor: torch.Tensor, part_id: PartId) -> None:
         """Keep `tensor` until its part of the layer is whole, then load the part."""
+        if self.finished:
+            self._begin_reload()
+        if inlet == "shape":
+            # It says nothing that the others do not, and to keep it keeps the file mapped.
+            return
         waiting = self.waiting.setdefault(part_id, {})
         waiting[inlet] = tensor
         if "compressed" in waiting:
@@ -275,13 +342,13 @@ class CastLinearMethod(LinearMethodBase):
         if self.sparse and packed is None:
             self._become_dense(part_id)
         if packed is None:
-            self._pass_on(self.inlets["weight"], part["weight"], part_id)
+            self._pass_on("weight", part["weight"], part_id)
         elif self.sparse:
             values, bitmask = packed
-            self._pass_on(self.inlets["compressed"], values, part_id)
-            self._pass_on(self.inlets["bitmask"], bitmask, part_id)
+            self._pass_on("compressed", values, part_id)
+            self._pass_on("bitmask", bitmask, part_id)
         else:
-            self._pass_on(self.inlets["weight"], unpack(*packed), part_id)
+            self._pass_on("weight", unpack(*packed), part_id)
         self.missing -= {part.name for part in self._named(part_id)}
 
     def _packed(
@@ -298,6 +365,8 @@ class CastLinearMethod(LinearMethodBase):
                 self._check(*packed, part_id)
             return packed
         if not self._is_declared_sparse(part_id, stored) or stored is Format.CT_BITMASK:
+            return None
+        if stored is Format.PLAIN and part["weight"].shape[-1] % COLUMNS_PER_BYTE:
             return None
         weight = part["weight"].to(self.device)
         if not weight.isfinite().all():
@@ -321,21 +390,26 @@ class CastLinearMethod(LinearMethodBase):
 
     def _become_dense(self, part_id: PartId) -> None:
         """A part turned out dense: unpack what has been loaded of the others."""
+        dense = ", ".join(part.name for part in self._named(part_id))
+        if self.plan is not None:
+            raise ValueError(
+                f"{dense}: not 2:4 in the weights that are reloaded, and {self.prefix} runs "
+                "packed; start a server with them instead"
+            )
         others = [part.name for part in self.parts if part.name not in self.missing]
         if others:
-            dense = ", ".join(part.name for part in self._named(part_id))
             self.config.warn_mixed(self.prefix, sparse=", ".join(others), dense=dense)
-        self._check(self.inlets["compressed"].data, self.inlets["bitmask"].data)
+        compressed, bitmask = self._inlet("compressed"), self._inlet("bitmask")
+        self._check(compressed.data, bitmask.data)
         self.sparse = False
         # .data, not new parameters: the model's loader holds on to these.
-        self.inlets["weight"].data = unpack(
-            self.inlets["compressed"].data, self.inlets["bitmask"].data
-        )
-        self.inlets["compressed"].data = self.inlets["compressed"].data.new_empty(0)
-        self.inlets["bitmask"].data = self.inlets["bitmask"].data.new_empty(0)
+        self._inlet("weight").data = unpack(compressed.data, bitmask.data)
+        compressed.data = compressed.data.new_empty(0)
+        bitmask.data = bitmask.data.new_empty(0)
 
-    def _pass_on(self, parameter: Parameter, tensor: torch.Tensor, part_id: PartId) -> None:
+    def _pass_on(self, inlet: str, tensor: torch.Tensor, part_id: PartId) -> None:
         """Let vLLM cut this rank's piece of the part out of `tensor`, into its place."""
+        parameter = self._inlet(inlet)
         try:
             if part_id is None:
                 self.load_part(parameter, tensor)
@@ -356,7 +430,8 @@ class CastLinearMethod(LinearMethodBase):
     def _refuse(self, part_id: PartId, reason: str) -> NoReturn:
         """Raise the error of the checkpoint's own reader, which names file, row and column."""
         names = {part.name for part in self._named(part_id)}
-        if self.config.folder is not None:
+        # What is reloaded may come from anywhere.
+        if self.config.folder is not None and not self.reloading:
             checkpoint = Checkpoint.open(self.config.folder)
             layers = find_layers(checkpoint)
             for linear in layers.linears:

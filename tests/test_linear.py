@@ -7,12 +7,14 @@ import torch
 from layers import random_packed
 from torch.nn import Module
 from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config
+from vllm.config.offload import OffloadConfig
 from vllm.distributed import (
     cleanup_dist_env_and_memory,
     init_distributed_environment,
     initialize_model_parallel,
 )
 
+from cast_serve import config as config_module
 from cast_serve.config import CastConfig, Part
 from cast_serve.kernels.packing import unpack
 from cast_serve.linear import CastLinearMethod
@@ -21,21 +23,37 @@ from cast_serve.model_loaders.formats import Format, Scheme
 N, K = 32, 64
 
 
-def load(vllm_config: VllmConfig, prefix: str = "block.linear") -> tuple[CastLinearMethod, Module]:
-    """A layer of which the whole weight has arrived, packed."""
-    config = CastConfig(Scheme(format=Format.PACKED))
+def made(
+    vllm_config: VllmConfig,
+    stored: Format = Format.PACKED,
+    *,
+    prefix: str = "block.linear",
+    columns: int = K,
+) -> tuple[CastLinearMethod, Module]:
+    """A layer of which nothing has arrived."""
     layer = Module()
     with set_current_vllm_config(vllm_config):
-        method = CastLinearMethod(config, prefix, (Part(name=prefix, sparse=True),))
+        part = Part(name=prefix, sparse=True)
+        method = CastLinearMethod(CastConfig(Scheme(format=stored)), prefix, (part,))
         method.create_weights(
-            *(layer, K, [N], K, N, torch.float32),
+            *(layer, columns, [N], columns, N, torch.float32),
             weight_loader=lambda parameter, tensor: parameter.data.copy_(tensor),
         )
-        values, mask = random_packed(N, K, torch.float32, "cpu")
-        for name, tensor in (("compressed", values), ("bitmask", mask)):
-            parameter = getattr(layer, name)
-            parameter.weight_loader(parameter, tensor)
-        method.process_weights_after_loading(layer)
+    return method, layer
+
+
+def receive(layer: Module, **tensors: torch.Tensor) -> None:
+    for name, tensor in tensors.items():
+        parameter = getattr(layer, name)
+        parameter.weight_loader(parameter, tensor)
+
+
+def load(vllm_config: VllmConfig, prefix: str = "block.linear") -> tuple[CastLinearMethod, Module]:
+    """A layer of which the whole weight has arrived, packed."""
+    method, layer = made(vllm_config, prefix=prefix)
+    values, mask = random_packed(N, K, torch.float32, "cpu")
+    receive(layer, compressed=values, bitmask=mask)
+    method.process_weights_after_loading(layer)
     return method, layer
 
 
@@ -69,7 +87,7 @@ def test_config_that_there_is_not(vllm_config, monkeypatch):
 
 
 def test_processing_twice_changes_nothing(vllm_config, monkeypatch):
-    """vLLM calls it again after an online reload."""
+    """Without what a reload puts back there is nothing to process."""
     monkeypatch.setenv("CAST_SERVE_KERNEL", "reference")
     method, layer = load(vllm_config)
     before = dict(layer.named_parameters())
@@ -87,3 +105,61 @@ def test_compiled_models_are_kept_apart_by_plan(vllm_config, monkeypatch):
     one_sparse = vllm_config.compute_hash()
     load(vllm_config, "block.other")
     assert len({plain, one_sparse, vllm_config.compute_hash()}) == 3
+
+
+def test_plain_layer_whose_width_no_bitmask_byte_divides(vllm_config):
+    """Of a vision tower, say."""
+    method, layer = made(vllm_config, Format.PLAIN, columns=60)
+    weight = torch.randn(N, 60)
+    receive(layer, weight=weight)
+    method.process_weights_after_loading(layer)
+    assert not method.sparse
+    x = torch.randn(3, 60)
+    torch.testing.assert_close(method.apply(layer, x), torch.nn.functional.linear(x, weight))
+
+
+def test_nothing_of_the_checkpoint_is_kept(vllm_config):
+    """A tensor of the file, however small, keeps all of it mapped."""
+    method, layer = made(vllm_config)
+    values, mask = random_packed(N, K, torch.float32, "cpu")
+    receive(layer, compressed=values, bitmask=mask, shape=torch.tensor([N, K]))
+    assert not method.waiting
+
+
+def test_nothing_that_belongs_to_no_part_is_kept(vllm_config):
+    method, layer = made(vllm_config, Format.PLAIN)
+    receive(layer, weight=torch.ones(N, K), cast_scale=torch.ones(N, 1))
+    method.process_weights_after_loading(layer)
+    assert not method.waiting
+
+
+PREFETCH = {"prefetch": {"offload_group_size": 4}}
+UVA = {"uva": {"cpu_offload_gb": 1}}
+
+
+@pytest.mark.parametrize(
+    ("options", "without_uva", "warned"),
+    [
+        pytest.param(PREFETCH, "0", True, id="prefetch"),
+        pytest.param({**PREFETCH, **UVA}, "0", True, id="both"),
+        pytest.param(UVA, "1", True, id="without UVA"),
+        pytest.param(UVA, "0", False, id="UVA"),
+        pytest.param({**PREFETCH, **UVA, "offload_backend": "uva"}, "0", False, id="prefetch off"),
+        pytest.param({}, "1", False, id="none"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*offload:UserWarning")
+def test_offloading_that_misses_the_weights(
+    vllm_config, monkeypatch, caplog, options, without_uva, warned
+):
+    monkeypatch.setenv("CAST_SERVE_KERNEL", "reference")
+    monkeypatch.setenv("VLLM_WEIGHT_OFFLOADING_DISABLE_UVA", without_uva)
+    monkeypatch.setattr(config_module.logger, "propagate", True)
+    vllm_config.offload_config = OffloadConfig(**options)
+    load(vllm_config)
+    said = [record.getMessage() for record in caplog.records if "offload" in record.getMessage()]
+    assert said == warned * [
+        "2:4 layers stay on the GPU: vLLM moves them by names that they have no longer, with "
+        "--offload-group-size or VLLM_WEIGHT_OFFLOADING_DISABLE_UVA=1; --cpu-offload-gb alone "
+        "moves them"
+    ]
