@@ -6,7 +6,7 @@ before, one measured now. Nothing here runs while serving: the op looks M up in 
 
 import logging
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
 
 import torch
@@ -85,8 +85,8 @@ def known_plan(problem: Problem) -> Plan | None:
 def warm_ahead(problem: Problem, device: torch.device) -> None:
     """Begin with `warm(problem, device)` in a thread, while weights are read for it.
 
-    `warm` waits for it and raises what it raised. Nothing is begun that has to be timed: what else
-    the GPU and the host do meanwhile would be in the times.
+    `warm` waits for all that was begun, and raises what this raised. Nothing is begun that has to
+    be timed: what else the GPU and the host do meanwhile would be in the times.
     """
     _begun[problem, device] = _beside.submit(_warm_if_known, problem, device)
 
@@ -111,6 +111,8 @@ def warm(problem: Problem, device: torch.device) -> None:
     """
     _refuse_capturing(problem)
     begun = _begun.pop((problem, device), None)
+    # Kernels may be timed now, and weights laid out by a library that wants one thread at a time.
+    wait(_begun.values())
     if begun is None or not begun.result():
         _warm(problem, device)
 

@@ -228,6 +228,30 @@ def test_nothing_is_timed_ahead(monkeypatch, empty_user_cache):
     assert dict(warmed) == {unknown: True, shipped_for: False}
 
 
+@pytest.mark.parametrize("first_is_known", [False, True])
+def test_nothing_goes_on_beside_once_a_layer_is_warm(monkeypatch, first_is_known):
+    """Kernels are timed next, or a library's handle is used: see `prepare.SERIAL`."""
+    first, second = problem(N=768, K=1280), problem(N=1024, K=1280)
+    known = {second} | ({first} if first_is_known else set())
+    busy, busy_meanwhile = set(), []
+
+    def take_a_while(of: Problem, device: torch.device) -> None:
+        busy_meanwhile.append(set(busy))
+        busy.add(of)
+        time.sleep(0.2 if of == second else 0)
+        busy.remove(of)
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(selection, "known_plan", lambda of: "plan" if of in known else None)
+    monkeypatch.setattr(selection, "_warm", take_a_while)
+    device = torch.device("cuda", 0)
+    for of in (first, second):
+        warm_ahead(of, device)
+    warm(first, device)
+    assert not busy
+    assert busy_meanwhile == [set(), set()]
+
+
 def test_layout_names_are_the_kernels_own():
     assert set(LAYOUT_NAMES) == {spec.metadata for spec in KERNELS.values()} | {"mask"}
 
