@@ -31,7 +31,10 @@ _DISK_FULL = "the disk is full; free space or choose another output"
 
 @contextmanager
 def new_folder(output: Path, *, source: Path | None = None) -> Iterator[Path]:
-    """A temporary folder beside `output` that becomes `output` at the end, or goes on any error.
+    """A temporary folder that becomes `output` at the end, or goes on any error.
+
+    It is beside `output`, which it replaces, or in an `output` that cannot be replaced: a mount
+    point. Its content is then moved up, config.json last: without it there is no checkpoint.
 
     Raises:
         CheckpointError: `output` exists and is not an empty folder, is `source` or inside it, or
@@ -45,19 +48,18 @@ def new_folder(output: Path, *, source: Path | None = None) -> Iterator[Path]:
     try:
         if final.exists() and (not final.is_dir() or any(final.iterdir())):
             raise CheckpointError(output, "exists and is not an empty folder; choose another")
-        temporary = final.with_name(f".{final.name}.tmp-{os.getpid()}")
-        final.parent.mkdir(parents=True, exist_ok=True)
-        # A leftover can only be of a dead process that had our id.
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
+        temporary = _make_temporary(final)
         try:
             yield temporary
             _settle(temporary)
-            # rename, unlike replace of files, needs the target absent or an empty folder.
-            temporary.rename(final)
+            if temporary.parent == final:
+                _move_up(temporary)
+            else:
+                # rename, unlike replace of files, needs the target absent or an empty folder.
+                temporary.rename(final)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        _sync_path(final.parent)
+        _sync_path(temporary.parent)
     except OSError as error:
         raise _write_error(output, error) from error
     except SafetensorError as error:
@@ -65,6 +67,48 @@ def new_folder(output: Path, *, source: Path | None = None) -> Iterator[Path]:
         if f"os error {errno.ENOSPC}" in str(error):
             raise CheckpointError(output, _DISK_FULL) from error
         raise CheckpointError(output, f"cannot be written: {error}") from error
+
+
+def _make_temporary(final: Path) -> Path:
+    """Make a folder beside `final`, or in it if it is there and cannot be replaced."""
+    beside = final.with_name(f".{final.name}.tmp-{os.getpid()}")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    # A leftover can only be of a dead process that had our id.
+    shutil.rmtree(beside, ignore_errors=True)
+    if final.exists():
+        try:
+            beside.mkdir()
+            # Tried now, not after hours of work: os.path.ismount misses what is bound to a folder
+            # of the same disk, and the parent may be read-only.
+            beside.rename(final)
+        except OSError:
+            shutil.rmtree(beside, ignore_errors=True)
+            inside = final / beside.name
+            inside.mkdir()
+            return inside
+    beside.mkdir()
+    return beside
+
+
+def _move_up(temporary: Path) -> None:
+    """Move the content of `temporary` into the folder that it is in, all of it or nothing."""
+    final = temporary.parent
+    if list(final.iterdir()) != [temporary]:
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+    moved: list[Path] = []
+    try:
+        for entry in sorted(temporary.iterdir(), key=lambda entry: entry.name == CONFIG):
+            if entry.name == CONFIG:
+                _sync_path(final)
+            moved.append(final / entry.name)
+            entry.rename(moved[-1])
+    except BaseException:
+        for path in moved:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        raise
 
 
 class ShardWriter:
