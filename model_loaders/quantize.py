@@ -13,7 +13,7 @@ from cast_serve.model_loaders.checkpoint import CONFIG, Checkpoint, read_json
 from cast_serve.model_loaders.convert import convert
 from cast_serve.model_loaders.errors import CheckpointError
 from cast_serve.model_loaders.formats import Format, recognise
-from cast_serve.model_loaders.write import MAX_SHARD_BYTES, PROVENANCE
+from cast_serve.model_loaders.write import MAX_SHARD_BYTES, PROVENANCE, check_output
 
 FORMATS = {"fp8": Format.PACKED_FP8, "int8": Format.PACKED_INT8}
 
@@ -50,6 +50,8 @@ def quantize(
         raise CheckpointError(
             source / CONFIG, f"is {stored} already; quantize the checkpoint that it was made from"
         )
+    # Here too, because measuring may take hours.
+    check_output(output, source=source)
     record: dict[str, Any] = {"format": str(FORMATS[to])}
     if measure is not None:
         record["before"] = measure(source)

@@ -40,14 +40,9 @@ def new_folder(output: Path, *, source: Path | None = None) -> Iterator[Path]:
         CheckpointError: `output` exists and is not an empty folder, is `source` or inside it, or
             the disk refuses (full, read-only).
     """
+    check_output(output, source=source)
     final = output.resolve()
-    if source is not None and final.is_relative_to(source.resolve()):
-        raise CheckpointError(
-            output, f"is in the folder that is read, {source}; choose another output"
-        )
     try:
-        if final.exists() and (not final.is_dir() or any(final.iterdir())):
-            raise CheckpointError(output, "exists and is not an empty folder; choose another")
         temporary = _make_temporary(final)
         try:
             yield temporary
@@ -67,6 +62,25 @@ def new_folder(output: Path, *, source: Path | None = None) -> Iterator[Path]:
         if f"os error {errno.ENOSPC}" in str(error):
             raise CheckpointError(output, _DISK_FULL) from error
         raise CheckpointError(output, f"cannot be written: {error}") from error
+
+
+def check_output(output: Path, *, source: Path | None = None) -> None:
+    """Refuse before any work what `new_folder` refuses.
+
+    Raises:
+        CheckpointError: as new_folder, but for what the disk refuses when it is written to.
+    """
+    final = output.resolve()
+    if source is not None and final.is_relative_to(source.resolve()):
+        raise CheckpointError(
+            output, f"is in the folder that is read, {source}; choose another output"
+        )
+    try:
+        taken = final.exists() and (not final.is_dir() or any(final.iterdir()))
+    except OSError as error:
+        raise _write_error(output, error) from error
+    if taken:
+        raise CheckpointError(output, "exists and is not an empty folder; choose another")
 
 
 def _make_temporary(final: Path) -> Path:

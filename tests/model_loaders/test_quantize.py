@@ -159,6 +159,16 @@ def test_quantized_twice_is_refused(make: Make, tmp_path: Path) -> None:
     assert not (tmp_path / "twice").exists()
 
 
+def test_output_is_looked_at_before_anything_is_measured(make: Make, tmp_path: Path) -> None:
+    def measure(path: Path) -> dict[str, Any]:
+        raise AssertionError(f"{path} was measured")
+
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").touch()
+    with pytest.raises(CheckpointError, match="exists and is not an empty folder"):
+        quantize(make("packed").save().path, tmp_path / "out", to="fp8", measure=measure)
+
+
 def test_measure_sees_both_and_is_kept(make: Make, tmp_path: Path) -> None:
     folder = make("packed").save()
     folder.write_json("cast.json", {"tokens": 7})
