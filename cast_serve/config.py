@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 from torch.nn import Module
+from vllm import envs as vllm_envs
+from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import (
@@ -163,3 +165,14 @@ class CastConfig(QuantizationConfig):
                 "with --offload-group-size or VLLM_WEIGHT_OFFLOADING_DISABLE_UVA=1; "
                 "--cpu-offload-gb alone moves them"
             )
+
+
+def offloads_by_name(vllm_config: VllmConfig) -> bool:
+    """Whether vLLM moves weights to the CPU by the names that parameters have before loading.
+
+    With UVA it moves their memory instead, which a packed layer goes on using.
+    """
+    offload = vllm_config.offload_config
+    by_group = offload.prefetch.offload_group_size > 0 and offload.offload_backend != "uva"
+    by_size = offload.uva.cpu_offload_gb > 0 and offload.offload_backend != "prefetch"
+    return by_group or (by_size and vllm_envs.VLLM_WEIGHT_OFFLOADING_DISABLE_UVA)

@@ -25,8 +25,7 @@ from typing import NoReturn
 
 import torch
 from torch.nn import Module, Parameter
-from vllm import envs as vllm_envs
-from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import (
     LinearMethodBase,
@@ -36,8 +35,9 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.parameter import ModelWeightParameter
 from vllm.platforms import current_platform
 
-from cast_serve.config import CastConfig, Part
+from cast_serve.config import CastConfig, Part, offloads_by_name
 from cast_serve.envs import forced_kernel
+from cast_serve.inlets import INLETS, count, empty_inlet, loaded_into, unread
 from cast_serve.kernels.op import REFERENCE_PLAN, linear_2of4
 from cast_serve.kernels.packing import COLUMNS_PER_BYTE, PatternError, keeps_two, pack, unpack
 from cast_serve.kernels.pattern import random_mask
@@ -59,14 +59,6 @@ PartId = str | int | tuple[int, ...] | None
 
 _QKV = {"q": 0, "k": 1, "v": 2}
 
-# The names of a part's tensors on disk; those without a dtype have the model's.
-_INLETS = ("weight", "cast_scale", "compressed", "bitmask", "shape", "weight_scale")
-_INLET_DTYPES = {
-    **dict.fromkeys(("cast_scale", "weight_scale"), torch.float32),
-    "bitmask": torch.uint8,
-    "shape": torch.int64,
-}
-
 # Of the kernels that torch.compile makes between the linears: each may be launched before the one
 # ahead of it has ended, waits for that before it reads what it wrote, and then lets the next one be
 # launched (CUDA C++ Programming Guide, "Programmatic Dependent Launch"). Our linears do the same,
@@ -74,35 +66,6 @@ _INLET_DTYPES = {
 # Llama-3.1-8B on an H200. Before Hopper torch.compile leaves it out. Users turn it off with
 # --compilation-config '{"inductor_compile_config": {"triton.enable_pdl": false}}'.
 _DEPENDENT_LAUNCH = "triton.enable_pdl"
-
-# Each part arrives by exactly one of these. At a reload vLLM counts how many elements arrive, and
-# takes a layer as loaded once that is the size of all its parameters. That would be too early where
-# a scale comes last, and a weight [N, K] has another size than values and bitmask. So an arriving
-# part counts 1: more than 0, which is a layer without weights, and never all. vLLM then loads the
-# layer when everything has been read.
-_COUNTED = ("weight", "compressed")
-
-
-def _unread(inlet: str) -> int:
-    """What stands for parts that have not been read: a valid bitmask, and finite values."""
-    return 0b0011_0011 if inlet == "bitmask" else 0  # columns 0 and 1 of every group
-
-
-def _offloads_by_name(vllm_config: VllmConfig) -> bool:
-    """Whether vLLM moves weights to the CPU by the names that parameters have before loading.
-
-    With UVA it moves their memory instead, which a packed layer goes on using.
-    """
-    offload = vllm_config.offload_config
-    by_group = offload.prefetch.offload_group_size > 0 and offload.offload_backend != "uva"
-    by_size = offload.uva.cpu_offload_gb > 0 and offload.offload_backend != "prefetch"
-    return by_group or (by_size and vllm_envs.VLLM_WEIGHT_OFFLOADING_DISABLE_UVA)
-
-
-def _count(inlet: str) -> None:
-    """Do what vLLM counts as one element loaded."""
-    if inlet in _COUNTED:
-        torch.empty(1, device="meta").copy_(torch.empty(1, device="meta"))
 
 
 @register_weight_loader_v2_supported_method
@@ -121,7 +84,7 @@ class CastLinearMethod(LinearMethodBase):
         self.dense_linear = UnquantizedLinearMethod()
         self.weights_are_dummies = vllm_config.load_config.load_format == "dummy"
         self.additional_config = vllm_config.additional_config
-        self.offloaded_by_name = _offloads_by_name(vllm_config)
+        self.offloaded_by_name = offloads_by_name(vllm_config)
         if self.sparse and current_platform.is_cuda():
             # Here, because vLLM copies what it compiles with as soon as the model is built.
             options = vllm_config.compilation_config.inductor_compile_config
@@ -167,18 +130,13 @@ class CastLinearMethod(LinearMethodBase):
         self.layer = layer
         self.load_part = extra_weight_attrs["weight_loader"]
         self.dtype = params_dtype
-        # Columns of what the layer holds while loading.
-        self.held = {"weight": columns}
-        if self.sparse:
-            self.held = {"compressed": columns // 2, "bitmask": columns // COLUMNS_PER_BYTE}
+        self.loaded_into = loaded_into(columns, sparse=self.sparse)
         if self.sparse and current_platform.is_cuda():
             # While vLLM loads, a freed block of 20 MiB or more is given away whole, to whatever is
             # a little smaller: 25 MiB of an 8B model were lost in what its rotary tables had left.
             torch.cuda.empty_cache()
-        for name in _INLETS:
-            dtype = _INLET_DTYPES.get(name, params_dtype)
-            shape = (rows, self.held[name]) if name in self.held else (int(name in _COUNTED),)
-            data = torch.full(shape, _unread(name), dtype=dtype)
+        for name in INLETS:
+            data = empty_inlet(name, params_dtype, rows=rows, columns=self.loaded_into.get(name))
             self.device = data.device
             parameter = ModelWeightParameter(
                 data=data, input_dim=1, output_dim=0, weight_loader=self._loader(name)
@@ -194,7 +152,7 @@ class CastLinearMethod(LinearMethodBase):
 
         def receive(param: Parameter, loaded_weight: torch.Tensor, part_id: PartId = None) -> None:
             if param.is_meta:
-                _count(inlet)
+                count(inlet)
                 return
             loading = method()
             assert loading is not None, f"{inlet} of a layer that is gone"
@@ -209,10 +167,10 @@ class CastLinearMethod(LinearMethodBase):
     def _begin_reload(self) -> None:
         """The layer holds inlets again, whose memory nobody has written to."""
         self.reloading, self.finished = True, False
-        self.sparse = "bitmask" in self.held
+        self.sparse = "bitmask" in self.loaded_into
         self.missing = {part.name for part in self.parts}
-        for name in self.held:
-            self._inlet(name).data.fill_(_unread(name))
+        for name in self.loaded_into:
+            self._inlet(name).data.fill_(unread(name))
 
     def process_weights_after_loading(self, layer: Module) -> None:
         """Turn the layer into what it runs as.
@@ -244,8 +202,8 @@ class CastLinearMethod(LinearMethodBase):
             raise ValueError(
                 f"{', '.join(sorted(self.missing))}: not in the checkpoint, or not whole"
             )
-        held = {inlet: self._inlet(inlet).data for inlet in _INLETS}
-        for inlet in _INLETS:
+        held = {inlet: self._inlet(inlet).data for inlet in INLETS}
+        for inlet in INLETS:
             delattr(layer, inlet)
         if self.sparse:
             self._check(held["compressed"], held["bitmask"])
