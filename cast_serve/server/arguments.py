@@ -21,6 +21,7 @@ CPU_CACHE_BYTES = 4 * 2**30
 # vLLM's surface for them; the last one is the first to see a request, so these come after any that
 # the user names.
 MIDDLEWARE = (
+    "cast_serve.server.drain.Drain",
     "cast_serve.server.body_limit.LimitBody",
     "cast_serve.server.key.RequireKey",
     "cast_serve.server.errors.OpenAIErrors",

@@ -13,14 +13,22 @@ import sys
 from types import FrameType
 from typing import NoReturn
 
-from cast_serve.server.family import family_of, kill_family
+from cast_serve.server.family import family_of, kill_family, left_running
+from cast_serve.server.parent import adopt_orphans
 
 # The number of a pipe into which serve.py writes a byte once it serves.
 READY_FD = "CAST_SERVE_READY_FD"
 
+# How long what a server has left behind may take to end by itself. Python's resource trackers do in
+# milliseconds, and first remove the shared memory that nobody has.
+REST_SECONDS = 2
+
 # The status of a server that has served and ended in good order. Whether it should have, only this
 # process knows: vLLM ends its server in the same way when the engine has died.
 ENDED = 3
+
+# As argparse's; systemd and others do not start such a command anew.
+WRONG_USAGE = 2
 
 
 def main() -> None:
@@ -34,6 +42,7 @@ def main() -> None:
     if "--version" in sys.argv[1:]:
         _print_versions()
         return
+    adopt_orphans()
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
     server = subprocess.Popen(
@@ -57,13 +66,27 @@ def main() -> None:
     status = server.wait()
     if status == ENDED:
         status = 0 if stopping else fail("the server ended by itself; the log above says why")
+    elif status < 0:
+        name = signal.strsignal(-status)
+        fail(f"the server was ended by signal {-status} ({name}); `dmesg` says if memory ran out")
+    # There is no server any more to pass them on to, and what is left ends in seconds.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _end_rest(server.pid)
     sys.exit(status if status >= 0 else 128 - status)
 
 
-def fail(reason: str) -> int:
+def _end_rest(server: int) -> None:
+    """End what a server that is gone has left: the engine of one that was killed holds the GPU."""
+    rest = family_of(os.getpid())[1:]
+    if left := left_running(rest, REST_SECONDS):
+        kill_family(server, left)
+
+
+def fail(reason: str, status: int = 1) -> int:
     """Print why to stderr, in a line; the exit status."""
     print(f"cast-serve: {reason}", file=sys.stderr, flush=True)
-    return 1
+    return status
 
 
 def _print_versions() -> None:

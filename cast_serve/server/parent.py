@@ -1,4 +1,4 @@
-"""Processes that end with the one that started them."""
+"""Who ends with whom: what a process asks Linux for its parent's sake, and for its children's."""
 
 import ctypes
 import signal
@@ -10,3 +10,11 @@ def end_with_parent() -> None:
     In the child, before it holds anything.
     """
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+def adopt_orphans() -> None:
+    """Become the parent of every descendant whose own has ended: PR_SET_CHILD_SUBREAPER.
+
+    So none is lost from sight, also of those that have left the process group.
+    """
+    ctypes.CDLL(None).prctl(36, 1)

@@ -22,7 +22,7 @@ def report(model: str, quantization: str | None, cache_bytes: int | None) -> Non
     Reads no weights. A model that is not a folder is left to vLLM, which downloads it.
 
     Args:
-        model: folder, or the name of a model on a hub.
+        model: folder, the name of a model on a hub, or the URL of one that vLLM streams.
         quantization: the value of --quantization.
         cache_bytes: the value of --kv-cache-memory-bytes.
 
@@ -55,8 +55,8 @@ def outlook_of_sparse(forced: ForcedKernel | None, *, on_gpu: bool) -> str:
 
 
 def _looks_like_path(model: str) -> bool:
-    """A hub name is `name` or `owner/name`; anything else was meant as a folder."""
-    return model.startswith((".", "/", "~")) or model.count("/") > 1
+    """Whether a folder was meant: neither a hub's `name` or `owner/name`, nor a URL, as of S3."""
+    return "://" not in model and (model.startswith((".", "/", "~")) or model.count("/") > 1)
 
 
 def _table(summary: Summary, quantization: str | None, outlook: str) -> Table:

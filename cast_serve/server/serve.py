@@ -6,11 +6,17 @@ import socket
 import sys
 from pathlib import Path
 
-from cast_serve.server.main import ENDED, fail
+import yaml
+
+from cast_serve.server.main import ENDED, WRONG_USAGE, fail
 from cast_serve.server.parent import end_with_parent
 
 # What vLLM raises when an engine cannot start or an argument does not fit the model.
-ENGINE_ERRORS = (RuntimeError, ValueError, OSError, AssertionError, NotImplementedError)
+ENGINE_ERRORS = (RuntimeError, ValueError, OSError, AssertionError, NotImplementedError, KeyError)
+
+# What its parser raises of a --config that cannot be read; AttributeError of one that is a list, or
+# empty. All else that is wrong with the command line is SystemExit.
+CONFIG_ERRORS = (OSError, ValueError, AssertionError, AttributeError, yaml.YAMLError)
 
 
 def main() -> None:
@@ -29,7 +35,6 @@ def _run() -> int:
     except (RuntimeError, ImportError) as error:
         return fail(str(error))
 
-    from vllm.entrypoints.cli.serve import validate_parsed_serve_args
     from vllm.platforms import current_platform
 
     from cast_serve.envs import forced_kernel
@@ -49,6 +54,11 @@ def _run() -> int:
         return fail(str(error))
     try:
         args = parse()
+    except CONFIG_ERRORS as error:
+        return fail(
+            f"--config takes one YAML file of lines `flag: value`: {_said(error)}", WRONG_USAGE
+        )
+    try:
         if args.load_format != "dummy":
             report(args.model, args.quantization, args.kv_cache_memory_bytes)
     except CheckpointError as error:
@@ -57,46 +67,82 @@ def _run() -> int:
         found = Path(args.model).is_dir()
         return 0 if found else fail(f"{args.model}: no such folder, so nothing was checked")
     try:
-        validate_parsed_serve_args(args)
-        _require_free_port(args)
+        _validate(args)
     except (ValueError, TypeError, KeyError, OSError) as error:
+        return fail(_said(error), WRONG_USAGE)
+    try:
+        _require_free_port(args)
+    except OSError as error:
         return fail(str(error))
     return _serve(args)
+
+
+def _said(error: BaseException) -> str:
+    """What an error of vLLM says, in one line."""
+    # str of a KeyError is the repr of what it says.
+    words = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return " ".join(str(words).split())
+
+
+def _validate(args: argparse.Namespace) -> None:
+    """Raise what vLLM raises of arguments that it refuses before it reads the model."""
+    from vllm.entrypoints.cli.serve import validate_parsed_serve_args
+    from vllm.reasoning import ReasoningParserManager
+
+    validate_parsed_serve_args(args)
+    try:
+        from vllm.entrypoints.launchers.launcher import validate_api_server_args
+    except ImportError:
+        # Where older versions have it.
+        from vllm.entrypoints.openai.api_server import validate_api_server_args
+    # A plugin brings parsers of its own, which vLLM imports first.
+    if not (args.tool_parser_plugin or args.reasoning_parser_plugin):
+        validate_api_server_args(args)
+        if args.reasoning_parser:
+            ReasoningParserManager.get_reasoning_parser(args.reasoning_parser)
 
 
 def _serve(args: argparse.Namespace) -> int:
     from vllm.entrypoints.cli.serve import ServeSubcommand
 
+    from cast_serve.server import load_failure
     from cast_serve.server.ready import announce_when_ready
     from cast_serve.server.shutdown import quiet_engine_exit
 
     quiet_engine_exit()
-    announce_when_ready(args)
+    answers = announce_when_ready(args)
+    listening = load_failure.listen()
     try:
         ServeSubcommand.cmd(args)
     except ENGINE_ERRORS as error:
-        fault = None if args.load_format == "dummy" else _fault(args.model)
-        return fail(fault or f"{type(error).__name__}: {error}")
+        status = fail(f"{type(error).__name__}: {_said(error)}")
+        is_of_weights = load_failure.heard(listening) and args.load_format != "dummy"
+        if is_of_weights and not answers.is_set() and Path(args.model).is_dir():
+            _name_fault(Path(args.model))
+        return status
     return ENDED
 
 
-def _fault(model: str) -> str | None:
-    """What is wrong with the data of the checkpoint, None if that is not why the engine failed."""
+def _name_fault(folder: Path) -> None:
+    """Read all weights, which may take minutes, for a line that names file and tensor."""
     from cast_serve.model_loaders.check import check
     from cast_serve.model_loaders.checkpoint import Checkpoint
     from cast_serve.model_loaders.errors import CheckpointError
 
-    if not Path(model).is_dir():
-        return None
+    print(f"cast-serve: checking the weights in {folder}", file=sys.stderr, flush=True)
     try:
-        problems = (found.problem for found in check(Checkpoint.open(Path(model))))
-        return next(filter(None, problems), None)
+        problems = (found.problem for found in check(Checkpoint.open(folder)))
+        fault = next(filter(None, problems), None)
     except CheckpointError as error:
-        return str(error)
+        fault = str(error)
+    fail(fault or f"nothing is wrong with the weights in {folder}; the log above says why")
 
 
 def _require_free_port(args: argparse.Namespace) -> None:
-    """Raise OSError if the port is taken, before the minutes that an engine start may take."""
+    """Raise OSError if the port is taken, before the minutes that an engine start may take.
+
+    Of --port 0 it makes one that is free, so that it can be said and asked whether it answers.
+    """
     if args.uds or args.headless:
         return
     family = socket.AF_INET6 if ":" in (args.host or "") else socket.AF_INET
@@ -107,6 +153,7 @@ def _require_free_port(args: argparse.Namespace) -> None:
         except OSError as error:
             where = f"{args.host or '*'}:{args.port}"
             raise OSError(f"cannot listen on {where} ({error.strerror}); see --port") from error
+        args.port = probe.getsockname()[1]
 
 
 if __name__ == "__main__":

@@ -13,6 +13,10 @@ from cast_serve.config import CastConfig
 from cast_serve.linear import CastLinearMethod
 from cast_serve.model_loaders.layers import dtype_name
 from cast_serve.server.facts import Layer
+from cast_serve.server.load_failure import tell_of_failures
+
+# Here: vLLM imports this module in every process that loads weights, right before it does.
+tell_of_failures()
 
 
 class CastWorker:

@@ -1,9 +1,10 @@
-"""The engine's process is killed: the server says that it is unhealthy, and exits with status 1.
+"""A process is killed: the server says that it is unwell, ends with a line and leaves none behind.
 
-systemd, Docker and Kubernetes start it anew for that status.
+systemd, Docker and Kubernetes start it anew for its exit status.
 """
 
 import re
+import signal
 import threading
 import time
 from pathlib import Path
@@ -70,6 +71,17 @@ def test_command_killed(tmp_path):
     assert len(family) >= 2
     server.process.kill()
     assert left_running(family, seconds=30) == []
+
+
+def test_server_killed(tmp_path):
+    """As the kernel does where memory runs out: a new one finds the GPU free."""
+    server = start(tmp_path / "log")
+    family = psutil.Process(server.process.pid).children(recursive=True)
+    assert len(family) >= 3
+    psutil.Process(server.process.pid).children()[0].kill()
+    assert server.process.wait(timeout=30) == 128 + signal.SIGKILL
+    assert "\ncast-serve: the server was ended by signal 9 (Killed);" in server.log.read_text()
+    assert left_running(family, seconds=10) == []
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,41 @@ def assert_drains(server: Server, number: signal.Signals) -> None:
 
 
 @pytest.mark.slow
+def test_sigterm_drains_several_api_servers(packed, tmp_path):
+    """Both end their streams, and refuse what comes after the signal."""
+    flags = ("--served-model-name", "tiny", "--enforce-eager", "--api-server-count", "2")
+    server = Server(packed, tmp_path / "log", *flags)
+    server.wait_ready()
+    begun = threading.Barrier(9)
+    ends: list[str] = []
+
+    def read() -> None:
+        # Sixteen answers each: enough to do for the engine until another client has come.
+        options = {"prompt": "it was", "n": 16, "max_tokens": 200, "stream": True}
+        stream = server.client().completions.create(
+            model="tiny", **options, extra_body={"ignore_eos": True}
+        )
+        first = next(stream)
+        begun.wait(timeout=120)
+        said = [chunk.choices[0].finish_reason for chunk in [first, *stream]]
+        ends.extend(reason for reason in said if reason)
+
+    readers = [threading.Thread(target=read) for _ in range(8)]
+    for reader in readers:
+        reader.start()
+    begun.wait(timeout=120)
+    server.process.send_signal(signal.SIGTERM)
+    server.wait_for("(?s)requests in flight get.*requests in flight get")
+    late = httpx.get(f"{server.url}/v1/models", timeout=30)
+    assert (late.status_code, late.json()["error"]["code"]) == (503, 503)
+    assert server.process.wait(timeout=90) == 0
+    for reader in readers:
+        reader.join(timeout=60)
+    assert ends == ["length"] * 128
+    assert "Traceback" not in server.log.read_text()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("moment", ["^format ", "Initializing a V1 LLM engine"])
 def test_stopped_while_starting(packed, tmp_path, moment, number):
@@ -224,6 +259,7 @@ def test_broken_plugin(packed):
         ({"host": "::"}, "http://[::1]:8000/v1/completions"),
         ({"host": "10.1.2.3", "port": 99}, "http://10.1.2.3:99/v1/completions"),
         ({"ssl_certfile": "c.pem"}, "curl -sk https://localhost:8000/v1/completions"),
+        ({"ssl_certfile": "c.pem", "ssl_cert_reqs": 2}, "curl -sk --cert CLIENT.pem https://"),
         ({"api_key": ["secret"]}, '-H "Authorization: Bearer $VLLM_API_KEY"'),
         ({"served_model_name": ["it's"]}, "it'\"'\"'s"),
         ({"uds": "/run/s"}, "curl -s --unix-socket /run/s http://localhost:8000/v1/completions"),
@@ -235,6 +271,7 @@ def test_curl_line_fits_flags(changed, expected):
         "port": 8000,
         "uds": None,
         "ssl_certfile": None,
+        "ssl_cert_reqs": 0,
         "api_key": None,
         "served_model_name": None,
         "model": "m",

@@ -1,4 +1,5 @@
-"""The process that hears the terminal, and what becomes of a server that it ends at once."""
+"""The process that hears the terminal, and what becomes of a server that it ends at once, or that
+ends without it."""
 
 import contextlib
 import os
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
@@ -39,3 +41,36 @@ def test_end_takes_all_along(starting, attempt):
     assert ended.stderr == b""
     assert ended.returncode == 0
     assert left_running([starting, *family], seconds=10) == []
+
+
+# A server that is killed, with an engine in its process group and a worker in another session.
+KILLED = """#!/bin/bash
+sleep 300 & echo $!
+setsid sleep 300 & echo $!
+sleep 0.5
+kill -9 $$
+"""
+
+# What runs in the place of Python, and with it of the server.
+MAIN = "import sys; sys.executable = sys.argv[1]; from cast_serve.server.main import main; main()"
+
+
+def test_nothing_stays_of_a_server_that_is_killed(tmp_path: Path):
+    (tmp_path / "python").write_text(KILLED)
+    (tmp_path / "python").chmod(0o755)
+    command = [sys.executable, "-c", MAIN, str(tmp_path / "python")]
+    with (tmp_path / "pids").open("w") as pids, (tmp_path / "errors").open("w") as errors:
+        ended = subprocess.run(command, stdout=pids, stderr=errors, timeout=60)
+    left = []
+    for pid in (tmp_path / "pids").read_text().split():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            left.append(psutil.Process(int(pid)))
+    try:
+        assert left_running(left, seconds=5) == []
+    finally:
+        for one in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+    assert ended.returncode == 128 + signal.SIGKILL
+    (line,) = (tmp_path / "errors").read_text().splitlines()
+    assert line.startswith("cast-serve: the server was ended by signal 9 (Killed);")

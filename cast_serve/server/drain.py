@@ -1,0 +1,108 @@
+"""Lets the streams of an API server that is one of several come to their end on SIGTERM.
+
+vLLM drains through the engine's process, which a single API server owns. Of several
+(--api-server-count, --data-parallel-size) each closes its connection to the engines at once: its
+streams would stop in the middle and hang for all of --shutdown-timeout. So these refuse what is
+new and end only after what they have begun. vLLM waits for them before it stops the engines.
+"""
+
+import asyncio
+import logging
+import signal
+from http import HTTPStatus
+
+from fastapi import FastAPI, HTTPException
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cast_serve.server.errors import refusal
+
+logger = logging.getLogger(__name__)
+
+# Of --shutdown-timeout, after which vLLM kills the process; the rest is for the last words.
+SHARE = 0.9
+
+REASON = "the server is being stopped; send the request again, to another or to its successor"
+
+
+class Drain:
+    """ASGI middleware; see the module. Does nothing where there is one API server."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+        self._is_armed = False
+        self._is_stopping = False
+        # Of each request in flight.
+        self._limits: set[asyncio.Timeout] = set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            # Started by uvicorn, and so after vLLM has set up its handlers of signals.
+            self._arm(scope["app"])
+        if scope["type"] == "lifespan" or not self._is_armed:
+            await self.app(scope, receive, send)
+        elif self._is_stopping:
+            await _refusal()(scope, receive, send)
+        else:
+            await self._serve(scope, receive, send)
+
+    def _arm(self, app: FastAPI) -> None:
+        if (app.state.args.api_server_count or 1) < 2:
+            return
+        if not hasattr(app.state, "server"):
+            logger.warning(
+                "this version of vLLM cannot drain several API servers: SIGTERM will break off "
+                "their streams; --api-server-count 1 drains"
+            )
+            return
+        self._is_armed = True
+        # In the place of vLLM's handler, which closes the connection to the engines.
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, self._stop, app)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        has_begun = False
+
+        async def note(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            async with asyncio.timeout(None) as limit:
+                self._limits.add(limit)
+                try:
+                    await self.app(scope, receive, note)
+                finally:
+                    self._limits.discard(limit)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            if has_begun:
+                # errors.py makes it the last event of the stream.
+                raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, REASON) from None
+            await _refusal()(scope, receive, send)
+
+    def _stop(self, app: FastAPI) -> None:
+        if self._is_stopping:
+            return
+        self._is_stopping = True
+        seconds = SHARE * app.state.args.shutdown_timeout
+        logger.info("%d requests in flight get %.0f s to end", len(self._limits), seconds)
+        loop = asyncio.get_running_loop()
+        for limit in self._limits:
+            limit.reschedule(loop.time() + seconds)
+        # Kept: the loop itself would let it be collected.
+        self._ending = loop.create_task(self._end(app))
+
+    async def _end(self, app: FastAPI) -> None:
+        while self._limits:
+            await asyncio.sleep(0.1)
+        # uvicorn's own way to stop, and vLLM's where an engine has died.
+        app.state.server.should_exit = True
+
+
+def _refusal() -> JSONResponse:
+    answer = refusal(HTTPStatus.SERVICE_UNAVAILABLE, REASON)
+    answer.headers["Connection"] = "close"
+    return answer

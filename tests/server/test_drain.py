@@ -1,0 +1,145 @@
+"""SIGTERM to an API server that is one of several: a server without an engine, in this process."""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+
+import httpx
+import pytest
+import uvicorn
+from fastapi import FastAPI, HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, StreamingResponse
+
+from cast_serve.server.drain import REASON, Drain
+from cast_serve.server.errors import OpenAIErrors
+
+EVENTS = 10
+
+
+class Server(uvicorn.Server):
+    """Leaves signals to others, as vLLM's does."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def application(timeout: float, api_servers: int | None) -> FastAPI:
+    app = FastAPI()
+    app.state.args = argparse.Namespace(api_server_count=api_servers, shutdown_timeout=timeout)
+    # As vLLM adds those of --middleware: the last one is the first to see a request.
+    app.add_middleware(Drain)
+    app.add_middleware(OpenAIErrors)
+
+    @app.exception_handler(HTTPException)
+    async def worded(request: Request, failure: HTTPException) -> JSONResponse:
+        """In the form of vLLM's own."""
+        error = {"message": failure.detail, "code": failure.status_code}
+        return JSONResponse({"error": error}, failure.status_code)
+
+    async def events() -> AsyncIterator[str]:
+        for number in range(EVENTS):
+            yield f"data: {number}\n\n"
+            await asyncio.sleep(0.1)
+
+    @app.get("/stream")
+    async def stream() -> StreamingResponse:
+        return StreamingResponse(events(), media_type="text/event-stream")
+
+    @app.get("/slow")
+    async def slow() -> dict[str, str]:
+        await asyncio.sleep(EVENTS * 0.1)
+        return {"said": "all"}
+
+    return app
+
+
+Scenario = Callable[[httpx.AsyncClient, asyncio.Task], Awaitable[None]]
+
+
+def run(scenario: Scenario, *, timeout: float = 60, api_servers: int | None = 2) -> list[int]:
+    """Serve as vLLM does while the scenario runs; the signals that have come to vLLM's handler."""
+    heard: list[int] = []
+
+    async def serve() -> None:
+        app = application(timeout, api_servers)
+        server = Server(uvicorn.Config(app, port=0, log_level="warning"))
+        app.state.server = server
+        serving = asyncio.create_task(server.serve())
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, heard.append, signal.SIGTERM)
+        while not server.started:
+            await asyncio.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+            await scenario(client, serving)
+        server.should_exit = True
+        await asyncio.wait_for(serving, 20)
+
+    asyncio.run(serve())
+    return heard
+
+
+async def begin(client: httpx.AsyncClient, path: str) -> asyncio.Task[httpx.Response]:
+    asked = asyncio.create_task(client.get(path))
+    await asyncio.sleep(0.3)
+    return asked
+
+
+async def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    await asyncio.sleep(0.1)
+
+
+def test_what_is_in_flight_ends_and_what_is_new_is_refused():
+    async def scenario(client: httpx.AsyncClient, serving: asyncio.Task) -> None:
+        stream, slow = await begin(client, "/stream"), await begin(client, "/slow")
+        await terminate()
+        late = await client.get("/slow")
+        assert late.status_code == 503
+        assert late.json()["error"]["message"] == REASON
+        assert (await stream).text.count("data: ") == EVENTS
+        assert (await slow).json() == {"said": "all"}
+        await asyncio.wait_for(serving, 10)
+
+    assert run(scenario) == []
+
+
+def test_idle_server_ends_at_once():
+    async def scenario(client: httpx.AsyncClient, serving: asyncio.Task) -> None:
+        await client.get("/stream")
+        await terminate()
+        await asyncio.wait_for(serving, 5)
+
+    assert run(scenario) == []
+
+
+def test_what_does_not_end_in_time_is_told():
+    async def scenario(client: httpx.AsyncClient, serving: asyncio.Task) -> None:
+        stream, slow = await begin(client, "/stream"), await begin(client, "/slow")
+        await terminate()
+        *_, said = (await stream).text.strip().split("\n\n")
+        kind, data = said.splitlines()
+        assert kind == "event: error"
+        assert json.loads(data.removeprefix("data: "))["error"]["message"] == REASON
+        assert (await slow).status_code == 503
+        await asyncio.wait_for(serving, 10)
+
+    assert run(scenario, timeout=0.2) == []
+
+
+@pytest.mark.parametrize("api_servers", [None, 1])
+def test_single_server_is_left_to_vllm(api_servers):
+    async def scenario(client: httpx.AsyncClient, serving: asyncio.Task) -> None:
+        stream = await begin(client, "/stream")
+        await terminate()
+        assert (await client.get("/slow")).status_code == 200
+        assert (await stream).text.count("data: ") == EVENTS
+        assert not serving.done()
+
+    assert run(scenario, api_servers=api_servers) == [signal.SIGTERM]

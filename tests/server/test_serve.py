@@ -1,0 +1,148 @@
+"""What the server's process says where it does not start, without an engine."""
+
+import argparse
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from torch import OutOfMemoryError
+
+from cast_serve.server import load_failure, serve
+from cast_serve.server.main import WRONG_USAGE
+
+EXAMPLE = str(Path(__file__).parents[2] / "examples" / "tiny-llama-2of4")
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """As it was, after what serve.py sets for its children."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture
+def start(monkeypatch, capfd):
+    """Runs serve.py on a command line: its status, and what it has written to stderr."""
+
+    def run(*flags: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["cast-serve", *flags])
+        try:
+            status = serve._run()
+        except SystemExit as exited:
+            status = exited.code
+        return status, capfd.readouterr().err
+
+    return run
+
+
+WRONG = {
+    "tool parser": ["--enable-auto-tool-choice", "--tool-call-parser", "nope"],
+    "no tool parser": ["--enable-auto-tool-choice"],
+    "reasoning parser": ["--reasoning-parser", "nope"],
+    "missing": ["--config", "missing.yaml"],
+    "no value": ["--config"],
+    "twice": ["--config", "whole.yaml", "--config", "whole.yaml"],
+    "broken": ["--config", "broken.yaml"],
+    "empty": ["--config", "empty.yaml"],
+    "list": ["--config", "list.yaml"],
+    "other": ["--config", "other.toml"],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_usage_is_a_line(start, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "whole.yaml").write_text("seed: 1\n")
+    (tmp_path / "broken.yaml").write_text("seed: [1\n  x: {\n")
+    (tmp_path / "empty.yaml").write_text("")
+    (tmp_path / "list.yaml").write_text("- seed\n")
+    status, said = start("--model", EXAMPLE, *WRONG[name])
+    assert status == WRONG_USAGE
+    assert "Traceback" not in said
+    assert said.splitlines()[-1].startswith("cast-serve: ")
+
+
+@pytest.fixture
+def answers() -> threading.Event:
+    """Whether the server has answered."""
+    return threading.Event()
+
+
+@pytest.fixture
+def args(tmp_path, monkeypatch, answers):
+    """Those of a server of a damaged checkpoint, whose engine is not started."""
+    monkeypatch.setattr("cast_serve.server.ready.announce_when_ready", lambda args: answers)
+    monkeypatch.setattr("cast_serve.server.shutdown.quiet_engine_exit", lambda: None)
+    (tmp_path / "config.json").write_text("{")
+    return argparse.Namespace(model=str(tmp_path), load_format="auto")
+
+
+def engine_fails(monkeypatch, failure: Exception, during: Callable[[Exception], None]) -> None:
+    """vLLM's own log of an engine that fails, and then what the server's process gets."""
+
+    def cmd(args: argparse.Namespace) -> None:
+        load_failure.tell_of_failures()
+        logger = logging.getLogger(load_failure.LOGGERS[0])
+        try:
+            during(failure)
+        except Exception:
+            logger.exception("WorkerProc failed to start.")
+        finally:
+            logger.filters.clear()
+        raise RuntimeError("Engine core initialization failed.\nSee root cause above.")
+
+    monkeypatch.setattr("vllm.entrypoints.cli.serve.ServeSubcommand.cmd", cmd)
+
+
+def load_weights(failure: Exception) -> None:
+    raise failure
+
+
+def allocate_cache(failure: Exception) -> None:
+    raise failure
+
+
+REASON = "cast-serve: RuntimeError: Engine core initialization failed. See root cause above."
+
+
+def test_weights_are_checked_where_they_failed(args, monkeypatch, capfd):
+    """After what vLLM says, and announced: it may take minutes."""
+    engine_fails(monkeypatch, ValueError("x"), load_weights)
+    assert serve._serve(args) == 1
+    reason, announced, fault = capfd.readouterr().err.splitlines()[-3:]
+    assert reason == REASON
+    assert announced == f"cast-serve: checking the weights in {args.model}"
+    assert fault.startswith(f"cast-serve: {args.model}/config.json: is not valid JSON")
+
+
+@pytest.mark.parametrize(
+    ("failure", "during"),
+    [
+        pytest.param(ValueError("KV cache"), allocate_cache, id="cache too small"),
+        pytest.param(OutOfMemoryError("CUDA out of memory"), load_weights, id="GPU too small"),
+    ],
+)
+def test_weights_are_not_checked_in_vain(args, monkeypatch, capfd, failure, during):
+    engine_fails(monkeypatch, failure, during)
+    assert serve._serve(args) == 1
+    assert capfd.readouterr().err.splitlines()[-1] == REASON
+
+
+def test_weights_are_not_checked_once_it_has_served(args, answers, monkeypatch, capfd):
+    """Whatever an engine dies of."""
+    answers.set()
+    engine_fails(monkeypatch, ValueError("x"), load_weights)
+    assert serve._serve(args) == 1
+    assert capfd.readouterr().err.splitlines()[-1] == REASON
+
+
+def test_port_0_is_a_port_that_can_be_asked():
+    args = argparse.Namespace(uds=None, headless=False, host="127.0.0.1", port=0)
+    serve._require_free_port(args)
+    assert args.port >= 1024
