@@ -192,8 +192,11 @@ def update_page(page: Path, file: Path) -> None:
         ]
         for rows in groups.values()
     ]
+    evaluated_on = json.loads(file.read_text())["setting"]["evaluated_on"]
     header = ["method", "flags", "tokens", "lr", "lambda", "seeds"]
-    header += ["held-out", "WikiText-2", "x control", "piqa", "arc_easy"]
+    # A text of its own, which nothing was trained on, is no share of the training text.
+    header += ["kept apart" if evaluated_on == "eval_data" else evaluated_on]
+    header += ["WikiText-2", "x control", "piqa", "arc_easy"]
     replace_between(page, BEGIN, END, table(header, lines))
 
 

@@ -40,7 +40,7 @@ def write(folder: Path, *rows: dict, **env: str) -> Path:
     folder.mkdir()
     found = {
         "env": {"gpu": "NVIDIA H200", "torch": "2.11", "commit": "abc"} | env,
-        "setting": {"pattern": "2:4"},
+        "setting": {"pattern": "2:4", "evaluated_on": "held-out"},
         "untouched": answers(24.0),
         "rows": rows,
     }
@@ -86,6 +86,20 @@ def test_pieces_with_other_seeds_and_flags(comparison, tmp_path):
     assert mean[5:9] == ["2", "27.00 ± 1.41", "26.00 ± 1.41", "1.30"]
     assert other[:2] == ["cast", "`--second-moment gradient`"]
     assert other[7] == "22.00"
+
+
+@pytest.mark.parametrize(
+    ("evaluated_on", "head"), [("held-out", "held-out"), ("eval_data", "kept apart")]
+)
+def test_column_says_which_text_it_is_of(comparison, tmp_path, evaluated_on, head):
+    file = collect([comparison], tmp_path)
+    content = json.loads(file.read_text())
+    content["setting"]["evaluated_on"] = evaluated_on
+    file.write_text(json.dumps(content))
+    page = tmp_path / "page.md"
+    page.write_text(f"{BEGIN}\n{END}\n")
+    update_page(page, file)
+    assert f"| seeds | {head} | WikiText-2 |" in page.read_text()
 
 
 def test_pieces_of_other_commits(comparison, tmp_path):
