@@ -111,9 +111,12 @@ class CastConfig(QuantizationConfig):
         self.folder = folder if folder.is_dir() else None
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
-        """Rename what the checkpoint ignores to the names that vLLM's modules have."""
-        renamed = hf_to_vllm_mapper.apply_list(list(self.scheme.ignore))
-        self.scheme = replace(self.scheme, ignore=tuple(renamed))
+        """Rename what the checkpoint ignores and targets to the names that vLLM's modules have."""
+        ignore, targets = (
+            tuple(hf_to_vllm_mapper.apply_list(list(names)))
+            for names in (self.scheme.ignore, self.scheme.targets)
+        )
+        self.scheme = replace(self.scheme, ignore=ignore, targets=targets)
 
     def get_quant_method(self, layer: Module, prefix: str) -> Optional["QuantizeMethodBase"]:
         """CastLinearMethod for a linear with a sparse part; vLLM's own method for all else."""

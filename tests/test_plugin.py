@@ -36,7 +36,7 @@ def test_register_is_idempotent(monkeypatch):
     assert len(logger.handlers) == 1
 
 
-def compressed_tensors(**sparsity: str) -> dict:
+def compressed_tensors(**sparsity: object) -> dict:
     return {"quant_method": "compressed-tensors", "sparsity_config": sparsity}
 
 
@@ -87,3 +87,18 @@ def test_fused_parts_are_named_as_in_the_checkpoint():
     assert [part.name for part in config.parts("model.layers.0.mlp.down_proj")] == [
         "model.layers.0.mlp.down_proj"
     ]
+
+
+def test_names_are_those_of_the_modules_that_vllm_makes():
+    """A model inside of another has other names there; "Linear" is a class and has no other."""
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    from cast_serve.config import CastConfig
+
+    sparsity = {"sparsity_structure": "2:4", "format": "dense", "ignore": ["model.lm.k_proj"]}
+    for targets, sparse in ((["Linear"], True), (["model.lm.q_proj"], True), (["model.o"], False)):
+        declared = compressed_tensors(**sparsity, targets=targets)
+        config = CastConfig.from_config(declared)
+        config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.lm.": "language."}))
+        found = {name: config.parts(f"language.{name}")[0].sparse for name in ("q_proj", "k_proj")}
+        assert found == {"q_proj": sparse, "k_proj": False}, targets
