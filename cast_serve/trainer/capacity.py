@@ -95,8 +95,9 @@ def _kept_of_a_token(model: PreTrainedModel, linears: list[LayerChoice]) -> int:
     text = model.config.get_text_config()
     block = [one for one in linears if one.name.startswith(f"{blocks_name(model)}.0.")]
     outputs = sum(one.rows for one in block)
-    heads = text.num_attention_heads
-    head = getattr(text, "head_dim", None) or text.hidden_size // heads
+    # None where nothing attends, as in Mamba.
+    heads = getattr(text, "num_attention_heads", None) or 0
+    head = getattr(text, "head_dim", None) or text.hidden_size // max(1, heads)
     queries = heads * head
     keys = (getattr(text, "num_key_value_heads", None) or heads) * head
     widest = max(one.columns for one in block)

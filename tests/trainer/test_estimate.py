@@ -153,3 +153,11 @@ def test_refused_model(tmp_path, capsys, model_type, message):
     said = capsys.readouterr().err
     assert re.match(f"cast-train estimate: error: model: {message}", said)
     assert said.count("\n") == 1
+
+
+def test_model_without_attention(tmp_path, capsys):
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "state_size": 8, "vocab_size": 100}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"} | shape))
+    assert main(["estimate", "--model", str(tmp_path)]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["gpu_bytes"]["activations (rough)"] > 0
