@@ -30,6 +30,7 @@ PASSED_ON = {
     "cast_serve/server/serve.py: fail(f'{type(error).__name__}: {_said(error)}')",
     "cast_serve/server/serve.py: fail(_said(error), WRONG_USAGE)",
     "cast_serve/server/serve.py: fail(str(error))",
+    "cast_serve/trainer/compare.py: RunError(error)",
     "cast_serve/trainer/processes.py: RunError(str(outcome[1]))",
     "cast_serve/trainer/scaling/main.py: RunError(str(error))",
     "kernels/cusparselt_abi.py: CusparseltError(f'cusparseLtGetProperty({kind}): {self._mess",
@@ -40,6 +41,7 @@ PASSED_ON = {
     "model_loaders/check.py: checkpoint.error(at_fault, said)",
     "model_loaders/checkpoint.py: CheckpointError(self.entries[name].file, reason, name)",
     "model_loaders/layers.py: checkpoint.error(linear.tensors[0], reason)",
+    "model_loaders/write.py: OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))",
 }
 
 
