@@ -18,12 +18,17 @@ EXAMPLE = str(Path(__file__).parents[2] / "examples" / "tiny-llama-2of4")
 
 
 @pytest.fixture(autouse=True)
-def environment(monkeypatch):
-    """As it was, after what serve.py sets for its children."""
+def environment():
+    """As it was, after what serve.py sets for its children; the plugin takes the logger over."""
     before = dict(os.environ)
+    logger = logging.getLogger("cast_serve")
+    handlers, level, propagate = list(logger.handlers), logger.level, logger.propagate
     yield
     os.environ.clear()
     os.environ.update(before)
+    logger.handlers = handlers
+    logger.setLevel(level)
+    logger.propagate = propagate
 
 
 @pytest.fixture
