@@ -112,8 +112,9 @@ def test_what_is_missing_is_said_before_the_model_is_loaded(evaluate, text_file,
     assert f"text: {missing}: cannot be read: No such file" in err
 
 
-def test_no_checkpoint(capsys, tmp_path):
-    assert main(["evaluate", str(tmp_path), "--text", "x"]) == 2
+def test_no_checkpoint(capsys, text_file, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert main(["evaluate", str(tmp_path / "empty"), "--text", str(text_file)]) == 2
     assert "holds no config.json" in capsys.readouterr().err
 
 
