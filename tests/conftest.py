@@ -1,10 +1,15 @@
 """GPU tests skip with a reason where there is no GPU; uninitialised memory holds NaN on request."""
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 # What decides a test is not how long it took: a machine may stall.
 settings.register_profile("without a clock", deadline=None)
@@ -29,3 +34,22 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def vllm_config(tmp_path: Path) -> Iterator["VllmConfig"]:
+    """With a tensor-parallel group of one: vLLM's parameters ask for their rank."""
+    # Slow to import, and of few tests.
+    from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config
+    from vllm.distributed import (
+        cleanup_dist_env_and_memory,
+        init_distributed_environment,
+        initialize_model_parallel,
+    )
+
+    config = VllmConfig(load_config=LoadConfig(load_format="auto"))
+    with set_current_vllm_config(config):
+        init_distributed_environment(1, 0, f"file://{tmp_path / 'rendezvous'}", 0, "gloo")
+        initialize_model_parallel()
+        yield config
+        cleanup_dist_env_and_memory()

@@ -1,18 +1,11 @@
 """CastLinearMethod without an engine: what a loaded layer holds, and what vLLM's caches know."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from layers import random_packed
 from torch.nn import Module
-from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.config.offload import OffloadConfig
-from vllm.distributed import (
-    cleanup_dist_env_and_memory,
-    init_distributed_environment,
-    initialize_model_parallel,
-)
 
 from cast_serve import config as config_module
 from cast_serve.config import CastConfig, Part
@@ -55,17 +48,6 @@ def load(vllm_config: VllmConfig, prefix: str = "block.linear") -> tuple[CastLin
     receive(layer, compressed=values, bitmask=mask)
     method.process_weights_after_loading(layer)
     return method, layer
-
-
-@pytest.fixture
-def vllm_config(tmp_path) -> Iterator[VllmConfig]:
-    """With a tensor-parallel group of one: vLLM's parameters ask for their rank."""
-    config = VllmConfig(load_config=LoadConfig(load_format="auto"))
-    with set_current_vllm_config(config):
-        init_distributed_environment(1, 0, f"file://{tmp_path / 'rendezvous'}", 0, "gloo")
-        initialize_model_parallel()
-        yield config
-        cleanup_dist_env_and_memory()
 
 
 def test_sparse_layer(vllm_config, monkeypatch):

@@ -2,17 +2,11 @@
 
 import gc
 import weakref
-from collections.abc import Iterator
 
 import pytest
 import torch
 from torch.nn import Module
-from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config
-from vllm.distributed import (
-    cleanup_dist_env_and_memory,
-    init_distributed_environment,
-    initialize_model_parallel,
-)
+from vllm.config import VllmConfig
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
@@ -110,17 +104,6 @@ class Model(Module):
 
     def addresses(self) -> dict[str, int]:
         return {name: p.data_ptr() for name, p in self.linear.named_parameters()}
-
-
-@pytest.fixture
-def vllm_config(tmp_path) -> Iterator[VllmConfig]:
-    """With a tensor-parallel group of one: vLLM's parameters ask for their rank."""
-    config = VllmConfig(load_config=LoadConfig(load_format="auto"))
-    with set_current_vllm_config(config):
-        init_distributed_environment(1, 0, f"file://{tmp_path / 'rendezvous'}", 0, "gloo")
-        initialize_model_parallel()
-        yield config
-        cleanup_dist_env_and_memory()
 
 
 @pytest.fixture

@@ -63,12 +63,9 @@ class MaskedLayer(ScaledLayer):
         self.refresh_mask_()
 
     @torch.no_grad()
-    def refresh_mask_(self) -> torch.Tensor:
-        """Make `mask` that of the weight as it is now, in place; count of the entries changed."""
-        fresh = self.current_mask(self.pattern)
-        changed = (fresh != self.mask).sum()
-        self.mask.copy_(fresh)
-        return changed
+    def refresh_mask_(self) -> None:
+        """Make `mask` that of the weight as it is now, in place."""
+        self.mask.copy_(self.current_mask(self.pattern))
 
     @torch.no_grad()
     def prune_and_fold_(self, pattern: Pattern) -> None:
