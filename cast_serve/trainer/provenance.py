@@ -49,7 +49,7 @@ def of_training(
         "document_attention": config.document_attention,
         "seed": config.seed,
         "evaluation": _evaluation(corpus, fixed, before_prune=before, after_prune=after),
-        "versions": _versions(),
+        "versions": versions(),
     }
 
 
@@ -66,7 +66,7 @@ def of_one_shot(config: RunConfig, corpus: Corpus, fixed: Fixed, *, after: float
         "context": fixed.context,
         "seed": config.seed,
         "evaluation": _evaluation(corpus, fixed, after_prune=after),
-        "versions": _versions(),
+        "versions": versions(),
     }
 
 
@@ -93,5 +93,6 @@ def _evaluation(corpus: Corpus, fixed: Fixed, **losses: float) -> dict[str, Any]
     }
 
 
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("cast-serve", "torch", "transformers")}
+def versions(*more: str) -> dict[str, str]:
+    """By name: those of the packages that decide what is written, and of `more` of them."""
+    return {name: version(name) for name in ("cast-serve", "torch", "transformers", *more)}

@@ -126,6 +126,18 @@ def test_a_data_set_that_is_a_program(load, tmp_path, monkeypatch):
         load("hub:./set")
 
 
+@pytest.mark.parametrize("hidden", [True, False])
+def test_linked_folder_is_not_left_out(folder, tmp_path, hidden):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/train-more.jsonl").write_text('{"text": "more"}\n')
+    (folder / "data" / (".more" if hidden else "more")).symlink_to(tmp_path / "elsewhere")
+    if hidden:
+        assert len(read(folder)) == 1000
+    else:
+        with pytest.raises(RunError, match=r"set/data/more is a link, and datasets reads no"):
+            read(folder)
+
+
 def test_rows_say_what_to_install(folder, monkeypatch):
     # None in sys.modules is how Python marks a module that cannot be imported.
     monkeypatch.setitem(sys.modules, "datasets", None)

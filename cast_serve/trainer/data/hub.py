@@ -6,6 +6,7 @@ the one last seen, whose tokens may be cached.
 """
 
 import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -66,7 +67,8 @@ def rows(hub: HubName, commit: str | None, *, text_key: str) -> Iterator[Piece]:
 
     Raises:
         RunError: no such configuration, split or column; the connection is lost; a row is no text;
-            it is a program, or in files that `datasets` does not read; that is not installed.
+            it is a program, in files that `datasets` does not read, or behind a link; that is not
+            installed.
     """
     if find_spec("datasets") is None:
         raise RunError(
@@ -119,8 +121,23 @@ def _opened(hub: HubName, commit: str | None) -> Any:
         if hub.split not in saved:
             raise RunError(f"data: hub:{hub.name}: no split {hub.split}; has {', '.join(saved)}")
         return saved[hub.split]
+    if folder is not None:
+        _refuse_links(hub, folder)
     name = hub.name if folder is None else str(folder)
     return load_dataset(name, hub.config, split=hub.split, streaming=True, revision=commit)
+
+
+def _refuse_links(hub: HubName, folder: Path) -> None:
+    """`datasets` passes over what a link to a folder leads to, without a word."""
+    for here, folders, _ in os.walk(folder):
+        # What is hidden it passes over in any case.
+        for name in sorted(name for name in folders if not name.startswith((".", "__"))):
+            link = Path(here, name)
+            if link.is_symlink():
+                raise RunError(
+                    f"data: hub:{hub.name}: {link} is a link, and datasets reads no folder through "
+                    "one; put the folder itself there, or name it as a source of its own"
+                )
 
 
 def _saved_to_disk(folder: Path) -> bool:

@@ -4,7 +4,6 @@ import errno
 import math
 import os
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +16,7 @@ from cast_serve.trainer.evaluation.harness import find_tasks, run_tasks
 from cast_serve.trainer.evaluation.perplexity import Score, score_strided, score_windows
 from cast_serve.trainer.evaluation.text import Join, token_stream
 from cast_serve.trainer.processes import takes_gpu
+from cast_serve.trainer.provenance import versions
 from cast_serve.trainer.source import context_length
 
 
@@ -98,7 +98,7 @@ def evaluate(request: Request) -> dict[str, Any]:
         )
         if tasks
         else {},
-        "versions": {name: version(name) for name in ("cast-serve", "torch", "transformers")},
+        "versions": versions(),
     }
     return finite(result)
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,6 +29,7 @@ from cast_serve.trainer.finetune.examples import (
     pad,
 )
 from cast_serve.trainer.finetune.pattern import add_lora, mask_gradients, merge
+from cast_serve.trainer.provenance import versions
 from cast_serve.trainer.schedule import Schedule
 from cast_serve.trainer.source import context_length
 from cast_serve.trainer.sparse_source import SparseSource, load_sparse
@@ -312,7 +312,7 @@ def _provenance(
         "compute": config.compute,
         "seed": config.seed,
         "evaluation": {"on": examples.evaluated_on, "loss_before": before, "loss_after": after},
-        "versions": {n: version(n) for n in ("cast-serve", "torch", "transformers", "peft")},
+        "versions": versions("peft"),
     }
     if config.lora:
         record["lora"] = {"rank": config.rank, "alpha": config.alpha}

@@ -4,7 +4,6 @@ import hashlib
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.export import write_dense, write_training_form
 from cast_serve.trainer.oneshot.prune import METHODS, Method, prune_oneshot
 from cast_serve.trainer.processes import takes_gpu
+from cast_serve.trainer.provenance import versions
 from cast_serve.trainer.source import context_length, load_source
 
 
@@ -172,5 +172,5 @@ def _provenance(request: Request, calibration: Calibration | None) -> dict[str, 
         "source": request.model.resolve().name,
         "sparsity": request.pattern,
         **({"calibration": text} if text else {}),
-        "versions": {name: version(name) for name in ("cast-serve", "torch", "transformers")},
+        "versions": versions(),
     }
