@@ -4,6 +4,10 @@ PORT ?= 8000
 SERVE_FLAGS ?=
 TEST_FLAGS ?=
 BENCH_FLAGS ?=
+# Processes that test at once. Each takes whole files, whose tests share engines and servers, and one
+# core: more threads than cores wait for each other in PyTorch.
+TEST_JOBS ?= 2
+PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(TEST_JOBS) --dist loadfile
 
 .PHONY: serve test test-slow gpu-test bench bench-serve lint docs setup
 
@@ -14,11 +18,11 @@ serve: setup
 	.venv/bin/cast-serve --model $(MODEL) --port $(PORT) $(SERVE_FLAGS)
 
 test: setup
-	@scripts/triton36.sh
-	CAST_SERVE_TRITON_36=$(CURDIR)/.venv/triton-3.6 .venv/bin/python -m pytest -m "not slow" $(TEST_FLAGS)
+	$(PYTEST) -m "not slow" $(TEST_FLAGS)
 
 test-slow: setup
-	.venv/bin/python -m pytest -m slow $(TEST_FLAGS)
+	@scripts/triton36.sh
+	CAST_SERVE_TRITON_36=$(CURDIR)/.venv/triton-3.6 $(PYTEST) -m slow $(TEST_FLAGS)
 
 # Without an NVIDIA GPU they skip, and say so.
 gpu-test: setup

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Put Triton 3.6.0, which PyTorch 2.11 comes with, beside the locked one, in .venv/triton-3.6, for
-# tests/kernels/test_mma_sp_compiles.py. Does nothing when it is there.
+# tests/test_triton_36.py. Does nothing when it is there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -101,7 +101,9 @@ def test_headline_table(result_file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("readme", "table"), [(README, headline_table), (KERNELS_README, kernel_table)], ids=str
+    ("readme", "table"),
+    [(README, headline_table), (KERNELS_README, kernel_table)],
+    ids=["README", "kernels"],
 )
 def test_readmes_are_up_to_date(tmp_path: Path, readme: Path, table: Callable) -> None:
     """They hold what the results in the checkout say."""

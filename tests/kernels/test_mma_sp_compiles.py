@@ -1,12 +1,5 @@
-"""mma_sp compiled ahead of time for the GPUs it supports: what speed rests on, without a GPU.
+"""mma_sp compiled ahead of time for the GPUs it supports: what speed rests on, without a GPU."""
 
-CAST_SERVE_TRITON_36=<folder with Triton 3.6.0> runs this file under that Triton as well:
-    pip install --no-deps --target <folder> triton==3.6.0
-"""
-
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -93,17 +86,3 @@ def test_reduce_compiles():
         num_warps=4,
     )
     assert built.stack_bytes == 0
-
-
-def test_compiles_under_triton_36():
-    folder = os.environ.get("CAST_SERVE_TRITON_36")
-    if not folder:
-        pytest.skip("CAST_SERVE_TRITON_36 names no folder with Triton 3.6.0")
-    inherited = {k: v for k, v in os.environ.items() if k != "CAST_SERVE_TRITON_36"}
-    python = [sys.executable, "-c", "import triton; print(triton.__version__)"]
-    env = {**inherited, "PYTHONPATH": folder}
-    version = subprocess.run(python, capture_output=True, text=True, check=True, env=env).stdout
-    assert version.startswith("3.6."), f"{folder} holds Triton {version}"
-    tests = [sys.executable, "-m", "pytest", "-q", "-x", __file__]
-    done = subprocess.run(tests, capture_output=True, text=True, check=False, env=env)
-    assert done.returncode == 0, done.stdout[-4000:]

@@ -1,7 +1,6 @@
 """The Triton kernel of the loss: interpreted against torch, and compiled for the GPUs."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -77,15 +76,3 @@ def test_compiles(sm: int, tempered: bool, pointer: str, tmp_path, monkeypatch):
     assert built.shared_bytes * 2 <= SHARED_LIMIT[sm]
     # 16 bytes a load: two passes over the logits of both.
     assert built.count(r"ld\.global\S*\.v4\.b32") >= 4
-
-
-def test_compiles_under_triton_36():
-    folder = os.environ.get("CAST_SERVE_TRITON_36")
-    if not folder:
-        pytest.skip("CAST_SERVE_TRITON_36 names no folder with Triton 3.6.0")
-    inherited = {k: v for k, v in os.environ.items() if k != "CAST_SERVE_TRITON_36"}
-    path = os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))
-    tests = [sys.executable, "-m", "pytest", "-q", "-x", __file__]
-    env = inherited | {"PYTHONPATH": path}
-    done = subprocess.run(tests, capture_output=True, text=True, check=False, env=env)
-    assert done.returncode == 0, done.stdout[-4000:]

@@ -1,12 +1,5 @@
-"""AdamS's Triton kernels compiled ahead of time: the accesses their speed rests on, without a GPU.
+"""AdamS's Triton kernels compiled ahead of time: what speed rests on, without a GPU."""
 
-CAST_SERVE_TRITON_36=<folder with Triton 3.6.0> runs this file under that Triton as well:
-    pip install --no-deps --target <folder> triton==3.6.0
-"""
-
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -98,20 +91,3 @@ def test_refresh_columns_compiles():
         num_warps=fused.COLUMN_WARPS,
     )
     assert built.stack_bytes == 0
-
-
-def test_compiles_under_triton_36():
-    folder = os.environ.get("CAST_SERVE_TRITON_36")
-    if not folder:
-        pytest.skip("CAST_SERVE_TRITON_36 names no folder with Triton 3.6.0")
-    inherited = {k: v for k, v in os.environ.items() if k != "CAST_SERVE_TRITON_36"}
-    python_path = os.pathsep.join([folder, str(Path(__file__).parents[2])])
-    environment = {**inherited, "PYTHONPATH": python_path}
-    script = "import triton; print(triton.__version__)"
-    version = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment
-    ).stdout
-    assert version.startswith("3.6."), f"{folder} holds Triton {version}"
-    tests = [sys.executable, "-m", "pytest", "-q", "-x", __file__]
-    done = subprocess.run(tests, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stdout[-4000:]
