@@ -1,4 +1,4 @@
-# make serve | test | test-slow | gpu-test | bench | bench-serve | lint | docs     The first call creates .venv; PYTHON=python3.12 chooses the Python.
+# make serve | test | test-slow | test-release | gpu-test | bench | bench-serve | lint | docs     The first call creates .venv; PYTHON=python3.12 chooses the Python.
 MODEL ?= examples/tiny-llama-2of4
 PORT ?= 8000
 SERVE_FLAGS ?=
@@ -9,7 +9,7 @@ BENCH_FLAGS ?=
 TEST_JOBS ?= 2
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(TEST_JOBS) --dist loadfile
 
-.PHONY: serve test test-slow gpu-test bench bench-serve lint docs setup
+.PHONY: serve test test-slow test-release gpu-test bench bench-serve lint docs setup
 
 setup:
 	@scripts/setup.sh
@@ -22,7 +22,11 @@ test: setup
 
 test-slow: setup
 	@scripts/triton36.sh
-	CAST_SERVE_TRITON_36=$(CURDIR)/.venv/triton-3.6 $(PYTEST) -m slow $(TEST_FLAGS)
+	CAST_SERVE_TRITON_36=$(CURDIR)/.venv/triton-3.6 $(PYTEST) -m "slow and not release" $(TEST_FLAGS)
+
+# Before a release. Nothing runs beside them.
+test-release: setup
+	.venv/bin/python -m pytest -m release $(TEST_FLAGS)
 
 # Without an NVIDIA GPU they skip, and say so.
 gpu-test: setup

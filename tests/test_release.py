@@ -113,6 +113,7 @@ def contents(wheel: Path) -> dict[str, int]:
 
 
 @pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.timeout(1200)
 def test_both_install_in_an_empty_environment(distributions, tmp_path):
     """With pip, build isolation, and dependencies from the index as the lock file pins them."""

@@ -247,13 +247,13 @@ def test_charts_are_live(page, server):
     before = server.metric("vllm:generation_tokens_total")
     send(page, "it was", max_tokens="500")
     rate = page.get_by_label(re.compile(r"Tokens a second, now: written [1-9][\d,.]*, prompt"))
-    expect(rate).to_be_visible(timeout=15_000)
+    expect(rate).to_be_visible(timeout=60_000)
     figures(page)
     assert server.metric("vllm:generation_tokens_total") == before + 500
     latency = re.compile(r"Time to first token, now: p50 [\d.]+ m?s, p95 [\d.]+ m?s")
-    expect(page.get_by_label(latency)).to_be_visible(timeout=15_000)
+    expect(page.get_by_label(latency)).to_be_visible(timeout=60_000)
     expect(page.get_by_label(re.compile(r"KV cache, now: in use [\d.]+ %"))).to_be_visible()
-    expect(page.get_by_label("Requests, now: running 0, waiting 0")).to_be_visible(timeout=15_000)
+    expect(page.get_by_label("Requests, now: running 0, waiting 0")).to_be_visible(timeout=60_000)
     assert page.locator(".line-0").first.get_attribute("d").count("L") >= 1
 
 

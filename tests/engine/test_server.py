@@ -114,7 +114,7 @@ def assert_drains(server: Server, number: signal.Signals) -> None:
     reader = threading.Thread(target=lambda: chunks.extend(stream))
     reader.start()
     assert server.stop(number) == 0
-    reader.join(timeout=10)
+    reader.join(timeout=60)
     assert chunks[-1].choices[0].finish_reason == "length"
     assert "Traceback" not in server.log.read_text()
 

@@ -10,7 +10,7 @@ import pytest
 from server_process import Server
 
 # Three engine starts, two of which compile.
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.release]
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "examples" / "tiny-llama-2of4"

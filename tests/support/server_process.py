@@ -46,7 +46,7 @@ class Server:
                 start_new_session=True,
             )
 
-    def wait_for(self, pattern: str, seconds: float = 180) -> str:
+    def wait_for(self, pattern: str, seconds: float = 400) -> str:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if found := re.search(pattern, self.log.read_text(), re.MULTILINE):

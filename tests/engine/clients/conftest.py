@@ -43,7 +43,7 @@ def wait_until_running(metric) -> Callable[[int], None]:
     """Waits until the engine runs so many requests, with none waiting."""
 
     def wait(requests: int) -> None:
-        end = time.monotonic() + 10
+        end = time.monotonic() + 60
         wanted = (requests, 0)
         while (
             now := (metric("vllm:num_requests_running"), metric("vllm:num_requests_waiting"))

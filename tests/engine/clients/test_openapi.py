@@ -13,7 +13,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schemathesis.checks import not_a_server_error
 
-# About 18,000 requests, most of them refused; four minutes.
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 # Changes how many engines there are, where vLLM serves experts in parallel; here it cannot, and
@@ -38,8 +37,19 @@ def headers(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
 
+@pytest.fixture(scope="module")
+def described(server) -> dict[str, Any]:
+    """/openapi.json, which takes the server seconds when it is asked for it first."""
+    return httpx.get(f"{server.url}/openapi.json", timeout=120).raise_for_status().json()
+
+
+@pytest.mark.release
+@pytest.mark.usefixtures("described")
 def test_every_operation(server, client):
-    """Values at and beyond the limits of every field, and random ones; vLLM refuses most."""
+    """Values at and beyond the limits of every field, and random ones; vLLM refuses most.
+
+    About 18,000 requests; four minutes.
+    """
     ran = subprocess.run(
         [
             *(sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json"),
@@ -58,14 +68,15 @@ def test_every_operation(server, client):
     assert httpx.get(f"{server.url}/health").status_code == 200
 
 
-def test_every_answered_operation_is_known(server):
+def test_every_answered_operation_is_known(described):
     """So that an operation that a new vLLM brings is tested too."""
-    paths = httpx.get(f"{server.url}/openapi.json").json()["paths"]
+    paths = described["paths"]
     bodies = {path for path, methods in paths.items() if "requestBody" in methods.get("post", {})}
     # The example model has no API of structured decisions: 404.
     assert bodies - {"/v1/systemone"} == ANSWERED.keys()
 
 
+@pytest.mark.usefixtures("described")
 @pytest.mark.parametrize("path", ANSWERED)
 def test_requests_that_get_far(server, client, path):
     """A request that is answered, with a few fields that Schemathesis makes up."""
