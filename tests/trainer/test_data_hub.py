@@ -126,16 +126,23 @@ def test_a_data_set_that_is_a_program(load, tmp_path, monkeypatch):
         load("hub:./set")
 
 
-@pytest.mark.parametrize("hidden", [True, False])
-def test_linked_folder_is_not_left_out(folder, tmp_path, hidden):
+def link_more(place, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/train-more.jsonl").write_text('{"text": "more"}\n')
-    (folder / "data" / (".more" if hidden else "more")).symlink_to(tmp_path / "elsewhere")
-    if hidden:
-        assert len(read(folder)) == 1000
-    else:
-        with pytest.raises(RunError, match=r"set/data/more is a link, and datasets reads no"):
-            read(folder)
+    place.parent.mkdir(exist_ok=True)
+    place.symlink_to(tmp_path / "elsewhere")
+
+
+def test_linked_folder_is_not_left_out(folder, tmp_path):
+    link_more(folder / "data/more", tmp_path)
+    with pytest.raises(RunError, match=r"set/data/more is a link, and datasets reads no"):
+        read(folder)
+
+
+@pytest.mark.parametrize("place", ["data/.more", ".cache/more", "__pycache__/more"])
+def test_hidden_links_are_nobodys_rows(folder, tmp_path, place):
+    link_more(folder / place, tmp_path)
+    assert len(read(folder)) == 1000
 
 
 def test_rows_say_what_to_install(folder, monkeypatch):

@@ -131,8 +131,8 @@ def _refuse_links(hub: HubName, folder: Path) -> None:
     """`datasets` passes over what a link to a folder leads to, without a word."""
     for here, folders, _ in os.walk(folder):
         # What is hidden it passes over in any case.
-        for name in sorted(name for name in folders if not name.startswith((".", "__"))):
-            link = Path(here, name)
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
+        for link in (Path(here, name) for name in folders):
             if link.is_symlink():
                 raise RunError(
                     f"data: hub:{hub.name}: {link} is a link, and datasets reads no folder through "
