@@ -1,13 +1,16 @@
-"""Lets the streams of an API server that is one of several come to their end on SIGTERM.
+"""Lets the streams of an API server come to their end on SIGTERM.
 
-vLLM drains through the engine's process, which a single API server owns. Of several
-(--api-server-count, --data-parallel-size) each closes its connection to the engines at once: its
-streams would stop in the middle and hang for all of --shutdown-timeout. So these refuse what is
-new and end only after what they have begun. vLLM waits for them before it stops the engines.
+vLLM drains through the engine's process and closes its connection to it when that has ended.
+Streams that lag behind the engine by then, or whose engine was killed at the end of
+--shutdown-timeout, get neither their rest nor an error, and uvicorn waits for them without end. Of
+several API servers (--api-server-count, --data-parallel-size) each even closes its connection at
+once. So an API server refuses what is new and ends only after what it has begun; vLLM stops the
+engine, which is idle, afterwards.
 """
 
 import asyncio
 import logging
+import math
 import signal
 from http import HTTPStatus
 
@@ -19,14 +22,14 @@ from cast_serve.server.errors import refusal
 
 logger = logging.getLogger(__name__)
 
-# Of --shutdown-timeout, after which vLLM kills the process; the rest is for the last words.
+# Of --shutdown-timeout, after which vLLM kills one of several; the rest is for the last words.
 SHARE = 0.9
 
 REASON = "the server is being stopped; send the request again, to another or to its successor"
 
 
 class Drain:
-    """ASGI middleware; see the module. Does nothing where there is one API server."""
+    """ASGI middleware; see the module."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -34,6 +37,7 @@ class Drain:
         self._is_stopping = False
         # Of each request in flight.
         self._limits: set[asyncio.Timeout] = set()
+        self._broken_off = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -47,16 +51,14 @@ class Drain:
             await self._serve(scope, receive, send)
 
     def _arm(self, app: FastAPI) -> None:
-        if (app.state.args.api_server_count or 1) < 2:
-            return
         if not hasattr(app.state, "server"):
             logger.warning(
-                "this version of vLLM cannot drain several API servers: SIGTERM will break off "
-                "their streams; --api-server-count 1 drains"
+                "this version of vLLM drains in its own way: SIGTERM may break off streams, and "
+                "does with --api-server-count above 1"
             )
             return
         self._is_armed = True
-        # In the place of vLLM's handler, which closes the connection to the engines.
+        # In the place of vLLM's handler, which stops the engine or leaves it.
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._stop, app)
 
@@ -78,6 +80,7 @@ class Drain:
         except TimeoutError:
             if not limit.expired():
                 raise
+            self._broken_off += 1
             if has_begun:
                 # errors.py makes it the last event of the stream.
                 raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, REASON) from None
@@ -98,8 +101,16 @@ class Drain:
     async def _end(self, app: FastAPI) -> None:
         while self._limits:
             await asyncio.sleep(0.1)
+        if self._broken_off:
+            logger.warning(
+                "%d requests were broken off; --shutdown-timeout gives them longer",
+                self._broken_off,
+            )
+        server, timeout = app.state.server, app.state.args.shutdown_timeout
+        # A client that does not read would hold its connection, and with it the server.
+        server.config.timeout_graceful_shutdown = max(1, math.ceil((1 - SHARE) * timeout))
         # uvicorn's own way to stop, and vLLM's where an engine has died.
-        app.state.server.should_exit = True
+        server.should_exit = True
 
 
 def _refusal() -> JSONResponse:

@@ -20,6 +20,7 @@ from http import HTTPStatus
 from typing import Any
 
 from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -54,6 +55,9 @@ class OpenAIErrors:
         except Exception as failure:
             if answer.is_open_stream:
                 await answer.end(await _reason(scope, failure))
+                if isinstance(failure, HTTPException):
+                    # A middleware's own word (drain.py) and no fault; its log line is enough.
+                    return
             elif not answer.begun and _is_of_reading(failure):
                 # A line, not its traceback: whoever sends such requests would fill the log.
                 frame = traceback.extract_tb(failure.__traceback__)[-1]

@@ -1,4 +1,4 @@
-"""SIGTERM to an API server that is one of several: a server without an engine, in this process."""
+"""SIGTERM to an API server: one without an engine, in this process."""
 
 import argparse
 import asyncio
@@ -9,7 +9,6 @@ import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 import httpx
-import pytest
 import uvicorn
 from fastapi import FastAPI, HTTPException
 from starlette.requests import Request
@@ -29,9 +28,9 @@ class Server(uvicorn.Server):
         yield
 
 
-def application(timeout: float, api_servers: int | None) -> FastAPI:
+def application(timeout: float) -> FastAPI:
     app = FastAPI()
-    app.state.args = argparse.Namespace(api_server_count=api_servers, shutdown_timeout=timeout)
+    app.state.args = argparse.Namespace(shutdown_timeout=timeout)
     # As vLLM adds those of --middleware: the last one is the first to see a request.
     app.add_middleware(Drain)
     app.add_middleware(OpenAIErrors)
@@ -51,6 +50,14 @@ def application(timeout: float, api_servers: int | None) -> FastAPI:
     async def stream() -> StreamingResponse:
         return StreamingResponse(events(), media_type="text/event-stream")
 
+    async def flood() -> AsyncIterator[bytes]:
+        while True:
+            yield bytes(2**20)
+
+    @app.get("/flood")
+    async def more_than_a_socket_holds() -> StreamingResponse:
+        return StreamingResponse(flood(), media_type="text/event-stream")
+
     @app.get("/slow")
     async def slow() -> dict[str, str]:
         await asyncio.sleep(EVENTS * 0.1)
@@ -62,14 +69,15 @@ def application(timeout: float, api_servers: int | None) -> FastAPI:
 Scenario = Callable[[httpx.AsyncClient, asyncio.Task], Awaitable[None]]
 
 
-def run(scenario: Scenario, *, timeout: float = 60, api_servers: int | None = 2) -> list[int]:
+def run(scenario: Scenario, *, timeout: float = 60, knows_server: bool = True) -> list[int]:
     """Serve as vLLM does while the scenario runs; the signals that have come to vLLM's handler."""
     heard: list[int] = []
 
     async def serve() -> None:
-        app = application(timeout, api_servers)
+        app = application(timeout)
         server = Server(uvicorn.Config(app, port=0, log_level="warning"))
-        app.state.server = server
+        if knows_server:
+            app.state.server = server
         serving = asyncio.create_task(server.serve())
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, heard.append, signal.SIGTERM)
@@ -119,7 +127,9 @@ def test_idle_server_ends_at_once():
     assert run(scenario) == []
 
 
-def test_what_does_not_end_in_time_is_told():
+def test_what_does_not_end_in_time_is_told(caplog, capfd):
+    """To its client, and in one line of the log."""
+
     async def scenario(client: httpx.AsyncClient, serving: asyncio.Task) -> None:
         stream, slow = await begin(client, "/stream"), await begin(client, "/slow")
         await terminate()
@@ -131,10 +141,22 @@ def test_what_does_not_end_in_time_is_told():
         await asyncio.wait_for(serving, 10)
 
     assert run(scenario, timeout=0.2) == []
+    assert "2 requests were broken off; --shutdown-timeout gives them longer" in caplog.text
+    assert "Traceback" not in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("api_servers", [None, 1])
-def test_single_server_is_left_to_vllm(api_servers):
+def test_client_that_does_not_read_holds_nothing():
+    async def scenario(client: httpx.AsyncClient, serving: asyncio.Task) -> None:
+        async with client.stream("GET", "/flood"):
+            await terminate()
+            await asyncio.wait_for(serving, 10)
+
+    assert run(scenario, timeout=0.2) == []
+
+
+def test_vllm_that_does_not_show_its_server(caplog):
+    """It drains in its own way, and the log says so."""
+
     async def scenario(client: httpx.AsyncClient, serving: asyncio.Task) -> None:
         stream = await begin(client, "/stream")
         await terminate()
@@ -142,4 +164,5 @@ def test_single_server_is_left_to_vllm(api_servers):
         assert (await stream).text.count("data: ") == EVENTS
         assert not serving.done()
 
-    assert run(scenario, api_servers=api_servers) == [signal.SIGTERM]
+    assert run(scenario, knows_server=False) == [signal.SIGTERM]
+    assert "drains in its own way" in caplog.text
