@@ -58,7 +58,9 @@ class Seen:
         wrong: a few words on each lost or wrong answer.
     """
 
-    ends: Counter[str] = field(default_factory=Counter)
+    ends: Counter[str] = field(
+        default_factory=lambda: Counter(equal=0, abandoned=0, differs=0, lost=0)
+    )
     tokens: int = 0
     ties: set[tuple[int, tuple[int, ...]]] = field(default_factory=set)
     wrong: list[str] = field(default_factory=list)

@@ -272,7 +272,7 @@ def soak(server: Server, *flags: str) -> tuple[int, dict[str, float]]:
     """Exit status and report of scripts/soak.py for some seconds."""
     small = ("--url", server.url, "--streams", "16", "--seconds", "5", "--prompts", "12")
     done = subprocess.run(
-        [sys.executable, SOAK, *small, "--abandon", "0.2", *flags],
+        [sys.executable, SOAK, *small, "--abandon", "0.5", *flags],
         env={**os.environ, "VLLM_API_KEY": KEY},
         capture_output=True,
         text=True,
@@ -326,7 +326,7 @@ def test_sigterm_under_load(server):
 
     def read() -> None:
         stream = server.client(KEY).completions.create(
-            **body(max_tokens=300, stream=True), extra_body={"ignore_eos": True}
+            **body(max_tokens=100, stream=True), extra_body={"ignore_eos": True}
         )
         first = next(stream)
         begun.wait(timeout=120)
