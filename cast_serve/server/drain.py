@@ -19,11 +19,15 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cast_serve.server.errors import refusal
+from cast_serve.server.key import path_of
 
 logger = logging.getLogger(__name__)
 
 # Of --shutdown-timeout, after which vLLM kills one of several; the rest is for the last words.
 SHARE = 0.9
+
+# Answered to the end: a scrape that fails is an alarm. /health says 503, as to a load balancer.
+WATCHED = "/metrics"
 
 REASON = "the server is being stopped; send the request again, to another or to its successor"
 
@@ -45,7 +49,7 @@ class Drain:
             self._arm(scope["app"])
         if scope["type"] == "lifespan" or not self._is_armed:
             await self.app(scope, receive, send)
-        elif self._is_stopping:
+        elif self._is_stopping and path_of(scope) != WATCHED:
             await _refusal()(scope, receive, send)
         else:
             await self._serve(scope, receive, send)

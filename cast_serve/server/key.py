@@ -49,12 +49,17 @@ class RequireKey:
             await self.app(scope, receive, send)
 
 
+def path_of(scope: Scope) -> str:
+    """The path that is asked for, below --root-path."""
+    return str(scope["path"]).removeprefix(scope.get("root_path", ""))
+
+
 def _may_pass(scope: Scope) -> bool:
     keys = keys_of(scope["app"].state.args)
     # A browser asks by OPTIONS, which it sends no key with, whether it may send one.
     if not keys or scope.get("method") == "OPTIONS":
         return True
-    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    path = path_of(scope)
     if path in OPEN or path.startswith(OPEN_BELOW):
         return True
     scheme, _, given = Headers(scope=scope).get("Authorization", "").partition(" ")

@@ -58,6 +58,13 @@ def application(timeout: float) -> FastAPI:
     async def more_than_a_socket_holds() -> StreamingResponse:
         return StreamingResponse(flood(), media_type="text/event-stream")
 
+    @app.get("/health")
+    async def health() -> None: ...
+
+    @app.get("/metrics")
+    async def metrics() -> str:
+        return "requests 1"
+
     @app.get("/slow")
     async def slow() -> dict[str, str]:
         await asyncio.sleep(EVENTS * 0.1)
@@ -116,6 +123,17 @@ def test_what_is_in_flight_ends_and_what_is_new_is_refused():
         await asyncio.wait_for(serving, 10)
 
     assert run(scenario) == []
+
+
+def test_who_watches_sees_it_drain():
+    async def scenario(client: httpx.AsyncClient, serving: asyncio.Task) -> None:
+        stream = await begin(client, "/stream")
+        await terminate()
+        assert (await client.get("/metrics")).json() == "requests 1"
+        assert (await client.get("/health")).status_code == 503
+        assert (await stream).text.count("data: ") == EVENTS
+
+    run(scenario)
 
 
 def test_idle_server_ends_at_once():
