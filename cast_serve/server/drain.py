@@ -62,6 +62,10 @@ class Drain:
             )
             return
         self._is_armed = True
+        # A client that does not read would hold its connection, and with it a server that stops,
+        # also one whose engine has died.
+        last_words = math.ceil((1 - SHARE) * app.state.args.shutdown_timeout)
+        app.state.server.config.timeout_graceful_shutdown = max(1, last_words)
         # In the place of vLLM's handler, which stops the engine or leaves it.
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._stop, app)
@@ -110,11 +114,8 @@ class Drain:
                 "%d requests were broken off; --shutdown-timeout gives them longer",
                 self._broken_off,
             )
-        server, timeout = app.state.server, app.state.args.shutdown_timeout
-        # A client that does not read would hold its connection, and with it the server.
-        server.config.timeout_graceful_shutdown = max(1, math.ceil((1 - SHARE) * timeout))
         # uvicorn's own way to stop, and vLLM's where an engine has died.
-        server.should_exit = True
+        app.state.server.should_exit = True
 
 
 def _refusal() -> JSONResponse:

@@ -9,6 +9,7 @@ import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 import httpx
+import pytest
 import uvicorn
 from fastapi import FastAPI, HTTPException
 from starlette.requests import Request
@@ -22,6 +23,8 @@ EVENTS = 10
 
 class Server(uvicorn.Server):
     """Leaves signals to others, as vLLM's does."""
+
+    serving: asyncio.Task[None]
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -73,7 +76,7 @@ def application(timeout: float) -> FastAPI:
     return app
 
 
-Scenario = Callable[[httpx.AsyncClient, asyncio.Task], Awaitable[None]]
+Scenario = Callable[[httpx.AsyncClient, Server], Awaitable[None]]
 
 
 def run(scenario: Scenario, *, timeout: float = 60, knows_server: bool = True) -> list[int]:
@@ -85,16 +88,16 @@ def run(scenario: Scenario, *, timeout: float = 60, knows_server: bool = True) -
         server = Server(uvicorn.Config(app, port=0, log_level="warning"))
         if knows_server:
             app.state.server = server
-        serving = asyncio.create_task(server.serve())
+        server.serving = asyncio.create_task(server.serve())
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, heard.append, signal.SIGTERM)
         while not server.started:
             await asyncio.sleep(0.01)
         port = server.servers[0].sockets[0].getsockname()[1]
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
-            await scenario(client, serving)
+            await scenario(client, server)
         server.should_exit = True
-        await asyncio.wait_for(serving, 20)
+        await asyncio.wait_for(server.serving, 20)
 
     asyncio.run(serve())
     return heard
@@ -112,7 +115,7 @@ async def terminate() -> None:
 
 
 def test_what_is_in_flight_ends_and_what_is_new_is_refused():
-    async def scenario(client: httpx.AsyncClient, serving: asyncio.Task) -> None:
+    async def scenario(client: httpx.AsyncClient, server: Server) -> None:
         stream, slow = await begin(client, "/stream"), await begin(client, "/slow")
         await terminate()
         late = await client.get("/slow")
@@ -120,13 +123,13 @@ def test_what_is_in_flight_ends_and_what_is_new_is_refused():
         assert late.json()["error"]["message"] == REASON
         assert (await stream).text.count("data: ") == EVENTS
         assert (await slow).json() == {"said": "all"}
-        await asyncio.wait_for(serving, 10)
+        await asyncio.wait_for(server.serving, 10)
 
     assert run(scenario) == []
 
 
 def test_who_watches_sees_it_drain():
-    async def scenario(client: httpx.AsyncClient, serving: asyncio.Task) -> None:
+    async def scenario(client: httpx.AsyncClient, server: Server) -> None:
         stream = await begin(client, "/stream")
         await terminate()
         assert (await client.get("/metrics")).json() == "requests 1"
@@ -137,10 +140,10 @@ def test_who_watches_sees_it_drain():
 
 
 def test_idle_server_ends_at_once():
-    async def scenario(client: httpx.AsyncClient, serving: asyncio.Task) -> None:
+    async def scenario(client: httpx.AsyncClient, server: Server) -> None:
         await client.get("/stream")
         await terminate()
-        await asyncio.wait_for(serving, 5)
+        await asyncio.wait_for(server.serving, 5)
 
     assert run(scenario) == []
 
@@ -148,7 +151,7 @@ def test_idle_server_ends_at_once():
 def test_what_does_not_end_in_time_is_told(caplog, capfd):
     """To its client, and in one line of the log."""
 
-    async def scenario(client: httpx.AsyncClient, serving: asyncio.Task) -> None:
+    async def scenario(client: httpx.AsyncClient, server: Server) -> None:
         stream, slow = await begin(client, "/stream"), await begin(client, "/slow")
         await terminate()
         *_, said = (await stream).text.strip().split("\n\n")
@@ -156,18 +159,22 @@ def test_what_does_not_end_in_time_is_told(caplog, capfd):
         assert kind == "event: error"
         assert json.loads(data.removeprefix("data: "))["error"]["message"] == REASON
         assert (await slow).status_code == 503
-        await asyncio.wait_for(serving, 10)
+        await asyncio.wait_for(server.serving, 10)
 
     assert run(scenario, timeout=0.2) == []
     assert "2 requests were broken off; --shutdown-timeout gives them longer" in caplog.text
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_client_that_does_not_read_holds_nothing():
-    async def scenario(client: httpx.AsyncClient, serving: asyncio.Task) -> None:
+@pytest.mark.parametrize("engine_died", [False, True])
+def test_client_that_does_not_read_holds_nothing(engine_died):
+    async def scenario(client: httpx.AsyncClient, server: Server) -> None:
         async with client.stream("GET", "/flood"):
-            await terminate()
-            await asyncio.wait_for(serving, 10)
+            if engine_died:
+                server.should_exit = True
+            else:
+                await terminate()
+            await asyncio.wait_for(server.serving, 10)
 
     assert run(scenario, timeout=0.2) == []
 
@@ -175,12 +182,12 @@ def test_client_that_does_not_read_holds_nothing():
 def test_vllm_that_does_not_show_its_server(caplog):
     """It drains in its own way, and the log says so."""
 
-    async def scenario(client: httpx.AsyncClient, serving: asyncio.Task) -> None:
+    async def scenario(client: httpx.AsyncClient, server: Server) -> None:
         stream = await begin(client, "/stream")
         await terminate()
         assert (await client.get("/slow")).status_code == 200
         assert (await stream).text.count("data: ") == EVENTS
-        assert not serving.done()
+        assert not server.serving.done()
 
     assert run(scenario, knows_server=False) == [signal.SIGTERM]
     assert "drains in its own way" in caplog.text
