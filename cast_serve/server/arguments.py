@@ -10,6 +10,7 @@ from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from cast_serve.server.body_limit import MAX_REQUEST_BYTES
+from cast_serve.server.drain import WATCHED
 from cast_serve.server.facts import EXTENSION
 
 # vLLM's own default is 0, which aborts the requests in flight.
@@ -26,9 +27,6 @@ MIDDLEWARE = (
     "cast_serve.server.key.RequireKey",
     "cast_serve.server.errors.OpenAIErrors",
 )
-
-# Read every few seconds by Prometheus and by every open page: no lines in the access log.
-POLLED = "/metrics"
 
 DESCRIPTION = """Serve a 2:4 sparse checkpoint through vLLM, with an OpenAI-compatible API.
 Takes every flag that `vllm serve` takes (--help=all lists them)."""
@@ -69,7 +67,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         model=None,
         shutdown_timeout=DRAIN_SECONDS,
         worker_extension_cls=EXTENSION,
-        disable_access_log_for_endpoints=POLLED,
+        disable_access_log_for_endpoints=WATCHED,
     )
     args = parser.parse_args(None if argv is None else list(argv))
     args.middleware = [*args.middleware, *MIDDLEWARE]

@@ -26,7 +26,8 @@ logger = logging.getLogger(__name__)
 # Of --shutdown-timeout, after which vLLM kills one of several; the rest is for the last words.
 SHARE = 0.9
 
-# Answered to the end: a scrape that fails is an alarm. /health says 503, as to a load balancer.
+# Read every few seconds by Prometheus and by every open page. Answered to the end: a scrape that
+# fails is an alarm. /health says 503, as to a load balancer.
 WATCHED = "/metrics"
 
 REASON = "the server is being stopped; send the request again, to another or to its successor"
@@ -49,8 +50,10 @@ class Drain:
             self._arm(scope["app"])
         if scope["type"] == "lifespan" or not self._is_armed:
             await self.app(scope, receive, send)
-        elif self._is_stopping and path_of(scope) != WATCHED:
-            await _refusal()(scope, receive, send)
+        elif self._is_stopping:
+            # Not among those that it waits for.
+            answer = self.app if path_of(scope) == WATCHED else _refusal()
+            await answer(scope, receive, send)
         else:
             await self._serve(scope, receive, send)
 
