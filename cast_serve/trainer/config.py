@@ -127,6 +127,12 @@ class RunConfig:
         "1 they reach zero although the rate is low",
         group="method",
     )
+    dense_rate: float = _option(
+        1.0,
+        "learning rate of all that stays dense (embeddings, norms, head, and the learned scales), "
+        "as a multiple of the sparse layers'; 0 leaves it as it was",
+        group="method",
+    )
     second_moment: Literal["momentum", "gradient"] = _option(
         "momentum",
         "what v of AdamS is the mean square of: the momentum, as in the paper, or the gradient, as "

@@ -18,6 +18,7 @@ METHODS_OF = {
     "start": ("cast",),
     "decay_ramp": ("cast",),
     "masked_rate": ("cast",),
+    "dense_rate": ("cast", "fixed-mask", "sr-ste", "ast"),
     "second_moment": ("cast",),
     "mask_metric": ("cast", "sr-ste", "ast"),
     "mask_interval": ("cast", "ast"),
@@ -102,7 +103,7 @@ def _check_ranges(config: "RunConfig") -> None:
     require("masked_rate", lambda v: 1 <= v < float("inf"), "1 or more")
     whole_or_share = "a whole number or a share below 1"
     require("eval_steps", lambda v: v < 1 or v % 1 == 0, whole_or_share)
-    require("clip", lambda v: 0 <= v < float("inf"), "0 or more")
+    require("clip dense_rate", lambda v: 0 <= v < float("inf"), "0 or more")
     require("seed", lambda v: 0 <= v < 2**32, "from 0 to below 2^32")
 
 

@@ -96,7 +96,8 @@ class Training:
     def _step(self, step: int) -> None:
         rate = self.fixed.lr * self.schedule.rate(step)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            stays_dense = group["input_dim"] is None
+            group["lr"] = rate * self.config.dense_rate if stays_dense else rate
         eta = self.config.eta
         parts = self.gradient.accumulate(step - 1, eta=eta)
         norm = self.gradient.clip()

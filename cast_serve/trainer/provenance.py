@@ -43,6 +43,7 @@ def of_training(
         "decay_ramp": config.decay_ramp,
         "mask_metric": config.mask_metric,
         "masked_rate": config.masked_rate,
+        "dense_rate": config.dense_rate,
         "second_moment": config.second_moment,
         "compute": config.compute,
         "teacher_top_k": config.teacher_top_k if config.teacher == "cached" else None,

@@ -100,6 +100,11 @@ def test_identity_ignores_what_may_change_on_resume():
         ("decay_ramp: 1.5\n", "decay_ramp: 1.5 is out of range"),
         ("masked_rate: 0.5\n", "masked_rate: 0.5 is out of range; it must be 1 or more"),
         ("method: ast\nmasked_rate: 2\n", "masked_rate: is of method cast, not ast"),
+        ("dense_rate: -0.1\n", "dense_rate: -0.1 is out of range; it must be 0 or more"),
+        (
+            "method: dense\ndense_rate: 0.5\n",
+            "dense_rate: is of method cast, fixed-mask, sr-ste, ast",
+        ),
         ("cuda_graph: true\ndevice: cpu\n", "cuda_graph: needs an NVIDIA GPU"),
         ("cuda_graph: true\ngradient_checkpointing: true\n", "use one of the two"),
         ("cuda_graph: true\nteacher: offload\n", "a teacher in host memory"),

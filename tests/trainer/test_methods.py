@@ -102,6 +102,23 @@ def test_fixed_mask_is_the_mask_of_the_start(request, make_config, model):
             assert not torch.equal(after[mask], before[mask]), layer.name
 
 
+@pytest.mark.parametrize("method", ["cast", "ast"])
+def test_dense_rate_is_of_what_stays_dense(make_config, tmp_path, llama_dir, method):
+    """After one step, which is as long as the rate."""
+    before = load_file(llama_dir / "model.safetensors")
+    after = {}
+    for share in (1.0, 0.25):
+        output = tmp_path / str(share)
+        config = make_config(**settings(method, steps=1, dense_rate=share), output=output)
+        train.run(config, QUIET)
+        after[share] = read_checkpoint(config.run_dir / "checkpoint-1")
+    for name, tensor in before.items():
+        whole, quarter = (after[share][f"model.{name}"] - tensor.float() for share in (1.0, 0.25))
+        assert whole.abs().max() > 0, name
+        expected = whole if name.endswith("_proj.weight") else whole / 4
+        torch.testing.assert_close(quarter, expected, rtol=0.01, atol=1e-6)
+
+
 def test_the_teacher_of_a_fixed_mask_is_dense(make_config):
     config = make_config(**settings("fixed-mask", steps=1, log_steps=1))
     run(config)
