@@ -16,7 +16,6 @@ and calls each loader twice: to count what it would load, and to load it. What c
 into the tensors that the layer ran with, so the layer stays in the form that it took first.
 """
 
-import json
 import math
 import time
 import weakref
@@ -26,7 +25,6 @@ from typing import NoReturn
 import torch
 from torch.nn import Module, Parameter
 from vllm.config import get_current_vllm_config
-from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import (
     LinearMethodBase,
     UnquantizedLinearMethod,
@@ -36,23 +34,20 @@ from vllm.model_executor.parameter import ModelWeightParameter
 from vllm.platforms import current_platform
 
 from cast_serve.config import CastConfig, Part, offloads_by_name
-from cast_serve.envs import forced_kernel
 from cast_serve.inlets import INLETS, count, empty_inlet, loaded_into, unread
-from cast_serve.kernels.op import REFERENCE_PLAN, linear_2of4
+from cast_serve.kernels.op import linear_2of4
 from cast_serve.kernels.packing import COLUMNS_PER_BYTE, PatternError, keeps_two, pack, unpack
 from cast_serve.kernels.pattern import random_mask
 from cast_serve.kernels.plan import Plan
 from cast_serve.kernels.problem import Problem
-from cast_serve.kernels.registry import REFERENCE
-from cast_serve.kernels.selection import NoKernel, plan_for, warm, warm_ahead
+from cast_serve.kernels.selection import warm_ahead
 from cast_serve.kernels.weight import SparseWeight, build
+from cast_serve.layer_plan import plan_layer
 from cast_serve.model_loaders.checkpoint import Checkpoint
 from cast_serve.model_loaders.formats import Format
 from cast_serve.model_loaders.layers import find_layers
 from cast_serve.model_loaders.rounding import dequantize_rows
 from cast_serve.model_loaders.stream import load_linear, prune_fold_pack
-
-logger = init_logger(__name__)
 
 # vLLM names the part of a fused layer: "q", "k", "v", or its index; None is the whole layer.
 PartId = str | int | tuple[int, ...] | None
@@ -208,7 +203,7 @@ class CastLinearMethod(LinearMethodBase):
         if self.sparse:
             self._check(held["compressed"], held["bitmask"])
             if not self.reloading:
-                self.plan = self._plan(held["compressed"])
+                self.plan = plan_layer(held["compressed"], self.config)
         stored = held["compressed" if self.sparse else "weight"]
         self.zeros = math.prod(self.shape) - int(stored.count_nonzero())
         if self.plan is not None:
@@ -221,37 +216,6 @@ class CastLinearMethod(LinearMethodBase):
             self.dense_linear.process_weights_after_loading(layer)
         if not self.reloading:
             self.config.loading_ended = time.monotonic()
-
-    def _plan(self, values: torch.Tensor) -> Plan | None:
-        """The plan by which the op runs the layer, its kernels made ready; None: to run dense."""
-        rows, columns = values.shape[0], 2 * values.shape[1]
-        if current_platform.is_cpu():
-            forced = forced_kernel()
-            if forced is None:
-                return None
-            if forced.name != REFERENCE.name:
-                raise ValueError(f"{forced} needs a GPU; on a CPU there is {REFERENCE.name}")
-            plan = REFERENCE_PLAN
-            (row,) = plan.rows
-            if forced.config not in (None, row.config):
-                raise ValueError(f"{forced}: no such config; there is {row.config}")
-        elif current_platform.is_cuda():
-            problem = Problem.on(values.device, N=rows, K=columns, dtype=values.dtype)
-            try:
-                warm(problem, values.device)
-            except NoKernel as error:
-                logger.warning_once("2:4 layers run dense: %s", str(error))
-                return None
-            plan = plan_for(problem)
-        else:
-            logger.warning_once("2:4 layers run dense: there is no 2:4 kernel for this device")
-            return None
-        rows_of_plan = json.dumps(plan.to_json())
-        # Not info_once: that is once a process, which may load several models.
-        if (rows, columns) not in self.config.logged_shapes:
-            self.config.logged_shapes.add((rows, columns))
-            logger.info("2:4 layers [%d, %d] stay packed: %s", rows, columns, rows_of_plan)
-        return plan
 
     def _hold_sparse(self, layer: Module, weight: SparseWeight) -> None:
         if self.offloaded_by_name:
