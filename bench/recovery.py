@@ -3,7 +3,8 @@
     python -m bench.recovery COMPARISON...   folders that cast-train compare wrote
 
 Several folders are one comparison made in pieces: the same model, texts and budget, and other
-methods, flags or seeds in each. They may be of several commits: a row has its own.
+methods, flags or seeds in each. They may be of several commits: a row has its own. The pieces so
+far are results/smollm2-runs/*, where new ones go too.
 
 Writes    smollm2.json (`env`, `setting`, `rows`) and the comparison's two plots, under --out;
           `python -m bench.render` puts the table into docs/cast-in-practice.md.
