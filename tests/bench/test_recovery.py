@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from cast_serve.bench.paths import RESULTS
 from cast_serve.bench.recovery import BEGIN, END, collect, load, update_page
 
 
@@ -100,6 +101,11 @@ def test_column_says_which_text_it_is_of(comparison, tmp_path, evaluated_on, hea
     page.write_text(f"{BEGIN}\n{END}\n")
     update_page(page, file)
     assert f"| seeds | {head} | WikiText-2 |" in page.read_text()
+
+
+def test_the_result_file_is_of_the_pieces_beside_it(tmp_path):
+    found = collect(sorted((RESULTS / "smollm2-runs").iterdir()), tmp_path)
+    assert json.loads(found.read_text()) == json.loads((RESULTS / found.name).read_text())
 
 
 def test_pieces_of_other_commits(comparison, tmp_path):
