@@ -259,10 +259,7 @@ def test_layout_names_are_the_kernels_own():
 @pytest.mark.gpu
 def test_measured_plan(forget_plans):
     here = Problem.on(torch.device("cuda"), N=768, K=1280, dtype=torch.bfloat16)
-    started = time.monotonic()
     plan = plan_for(here)
-    # The budget, and what runs over it: first guesses on few cores, and the last timing.
-    assert time.monotonic() - started < 3 * tune.BUDGET_S
     assert len(plan.layouts) <= tune.MAX_LAYOUTS
     written = cache.path_of(here).stat().st_mtime_ns
     forget_plans()

@@ -180,7 +180,7 @@ def test_what_does_not_run_is_named(caplog):
         if config == "bad":
             raise RuntimeError("too many resources")
         if config == "slow":
-            torch.cuda._sleep(10_000_000)
+            torch.cuda._sleep(100_000_000)
         return torch.empty_like(x)
 
     spec = KernelSpec(
@@ -198,5 +198,6 @@ def test_what_does_not_run_is_named(caplog):
     with caplog.at_level(logging.WARNING):
         times = trial.time_us(8, candidates, repeats=3)
     assert set(times) == {("a", "good"), ("a", "slow")}
-    assert times["a", "slow"] > 1000 > times["a", "good"]
+    # Tens of milliseconds are more than what another program on the same GPU takes of it.
+    assert times["a", "slow"] > times["a", "good"]
     assert "a bad is left out" in caplog.text
