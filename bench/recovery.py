@@ -88,11 +88,10 @@ def collect(comparisons: Sequence[Path], out: Path) -> Path:
     pieces = {folder: read_results(folder) for folder in comparisons}
     _require_one_comparison({folder: found for folder, (found, _) in pieces.items()})
     found = pieces[comparisons[0]][0]
-    # What was not trained first, whichever folders it is in.
-    measured = sorted(
-        ((row, piece["env"]["commit"]) for piece, rows in pieces.values() for row in rows),
-        key=lambda one: one[0].tokens,
-    )
+    measured = [(row, piece["env"]["commit"]) for piece, rows in pieces.values() for row in rows]
+    # What was not trained first, and a method's rows together, whichever folders they are in.
+    methods = list(dict.fromkeys(row.method for row, _ in measured))
+    measured.sort(key=lambda one: (one[0].tokens, methods.index(one[0].method)))
     rows = [
         {
             "method": UNTOUCHED,

@@ -108,10 +108,14 @@ def test_the_result_file_is_of_the_pieces_beside_it(tmp_path):
     assert json.loads(found.read_text()) == json.loads((RESULTS / found.name).read_text())
 
 
-def test_pieces_of_other_commits(comparison, tmp_path):
-    more = write(tmp_path / "more", row("cast", 27.0, 5e-6, seed=1), commit="def")
-    found = load(collect([comparison, more], tmp_path))
-    assert [one.commit for one in found] == [None, "abc", "abc", "def"]
+def test_rows_of_a_method_are_together(comparison, tmp_path):
+    """Each with the commit of its piece."""
+    others = row("dense", 21.0, seed=1), row("cast", 27.0, 5e-6, seed=1)
+    more = write(tmp_path / "more", *others, commit="def")
+    untouched, *found = load(collect([comparison, more], tmp_path))
+    assert untouched.commit is None
+    wanted = [("dense", "abc"), ("dense", "def"), ("cast", "abc"), ("cast", "def")]
+    assert [(one.method, one.commit) for one in found] == wanted
 
 
 @pytest.mark.parametrize(
