@@ -173,13 +173,15 @@ def _terminated_as_interrupted() -> Iterator[None]:
 
 def _train_or_prune(job: Job, console: Console) -> None:
     from cast_serve.trainer.methods.untrained import prune_without_training
+    from cast_serve.trainer.run_dir import held
     from cast_serve.trainer.train import run
 
+    config = replace(job.config, resume=(job.config.run_dir / "run.json").is_file())
     if job.trains:
-        started = (job.config.run_dir / "run.json").is_file()
-        run(replace(job.config, resume=started), console)
+        run(config, console)
     else:
-        prune_without_training(job.config)
+        with held(config):
+            prune_without_training(config)
     _forget_model()
 
 

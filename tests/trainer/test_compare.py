@@ -24,6 +24,7 @@ from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.evaluate import mean_loss, to_perplexity
 from cast_serve.trainer.gradient import Gradient
 from cast_serve.trainer.main import main
+from cast_serve.trainer.run_dir import held
 from cast_serve.trainer.source import load_source
 
 REQUIRED = ["--model", "m", "--data", "a.txt", "--tokens", "1000"]
@@ -206,6 +207,16 @@ def test_compare_refuses_another_setting_in_the_same_folder(flags, capsys, tmp_p
     assert main(only) == 0
     assert main([*only, "--pattern", "1:4"]) == 2
     assert "pattern was" in capsys.readouterr().err
+
+
+def test_a_one_shot_prune_has_one_writer(flags, capsys):
+    only = [*flags, "--methods", "magnitude", "--lr", "", "--lambda", ""]
+    (job,) = parse_comparison(only[1:]).jobs
+    with held(job.config):
+        assert main(only) == 2
+    assert "another cast-train is writing" in capsys.readouterr().err
+    assert main(only) == 0
+    assert not (job.config.run_dir / ".lock").exists()
 
 
 def test_compare_refuses_a_short_travel_before_it_trains(flags, capsys, tmp_path):
