@@ -16,8 +16,8 @@ from cast_serve.trainer.errors import RunError
 
 UNTOUCHED = "untouched"
 
-# Sequences at once: choices are short, and texts are a few hundred windows.
-_BATCH = 32
+# Of a batch: what a model that must make its logits whole has room for beside a large vocabulary.
+_TOKENS = 1 << 14
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ def evaluate_once(questions: Questions, model: Path, name: str, config: RunConfi
             zero_shot=questions.zero_shot,
             context=config.context,
             device=config.device,
-            batch_size=_BATCH,
+            batch_size=max(1, _TOKENS // (config.context or 1024)),
         )
     )
     write_whole(target, (json.dumps({"asked": asked, "found": found}) + "\n").encode())

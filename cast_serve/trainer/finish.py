@@ -47,7 +47,7 @@ def finish(
     Raises:
         RunError: the output cannot be written.
     """
-    before = mean_loss(model, corpus.evaluation, processes=processes)
+    before = mean_loss(model, corpus.evaluation, batch_size=config.batch_size, processes=processes)
     if config.mask_metric != "magnitude":
         # Who prunes what is written sees |w| alone.
         for _, layer in scaled_layers(model):
@@ -55,7 +55,7 @@ def finish(
     weights = whole_weights(source.model)
     processes.on_first(lambda: _write_training_form(config, source, plan, weights))
     prune_and_fold_(model, config)
-    after = mean_loss(model, corpus.evaluation, processes=processes)
+    after = mean_loss(model, corpus.evaluation, batch_size=config.batch_size, processes=processes)
     weights = {} if config.converts else whole_weights(source.model)
     provenance = of_training(config, corpus, plan, fixed, before=before, after=after)
     processes.on_first(lambda: _export(config, source, weights, provenance))

@@ -149,7 +149,11 @@ class Training:
         """Log preview() of the model after `step`; training goes on as if it had not been."""
         begun = time.perf_counter()
         figures = preview(
-            self.gradient.model, self.evaluation, self.config.nm, processes=self.processes
+            self.gradient.model,
+            self.evaluation,
+            self.config.nm,
+            batch_size=self.config.batch_size,
+            processes=self.processes,
         )
         if journal is not None:
             journal.write(step, figures)

@@ -72,14 +72,16 @@ class Objective:
         teacher: Targets | None,
         *,
         position_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
     ) -> Loss:
         """The loss of `model`, which may be wrapped by DDP or FSDP, on ids int64 [batch, context].
 
         Args:
             head: the model's own; None makes its logits whole.
             teacher: for all positions, the last of each sequence included.
+            labels: int64 [batch * context] as of `next_tokens`, which is the default.
         """
-        labels = next_tokens(ids)
+        labels = next_tokens(ids) if labels is None else labels
         options: dict[str, Any] = {
             "eta": self.eta,
             "temperature": self.temperature,

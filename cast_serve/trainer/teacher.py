@@ -8,12 +8,12 @@ cached     nowhere: its most likely tokens were written to disk before (teacher_
 import copy
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
-from transformers.initialization import no_init_weights
 
 from cast_serve.trainer.config import RunConfig
 from cast_serve.trainer.distill import Projection
-from cast_serve.trainer.head import loss_head, put_loss_head
+from cast_serve.trainer.head import loss_head
 from cast_serve.trainer.layers import compile_blocks, without_blocks
 from cast_serve.trainer.objective import logits_of
 from cast_serve.trainer.parallel import is_sharded, shard
@@ -48,15 +48,10 @@ class Teacher:
 def make_teacher(model: PreTrainedModel, config: RunConfig, processes: Processes) -> Teacher:
     """A teacher from a copy of `model`, which is still the dense one, on any device."""
     offload = config.teacher == "offload"
-    # Rounded where the model is: a second one in fp32 need not fit the device.
     sharded = is_sharded(config, processes)
-    twin = copy.deepcopy(model) if processes.is_first or not sharded else _empty(model)
-    if config.compute == "bf16":
-        # Not model.to(bfloat16): rotary frequencies are buffers, and in bf16 they put tokens in
-        # other places.
-        for parameter in twin.parameters():
-            parameter.data = parameter.data.bfloat16()
-    twin.requires_grad_(False)
+    # In bf16 a second model in fp32 need not fit, neither here nor on the device.
+    dtype = torch.bfloat16 if config.compute == "bf16" else None
+    twin = _twin(model, dtype, holds_weights=processes.is_first or not sharded)
     # An offloaded model waits for its blocks, and moves its parameters under the compiled code.
     if config.compile and not offload:
         compile_blocks(twin)
@@ -69,14 +64,23 @@ def make_teacher(model: PreTrainedModel, config: RunConfig, processes: Processes
     return Teacher(twin)
 
 
-def _empty(model: PreTrainedModel) -> PreTrainedModel:
-    """A twin whose weights hold nothing, and take no memory until they are written to."""
-    with no_init_weights():
-        twin = type(model)(model.config)
-    twin.tie_weights()
-    if loss_head(model) is not None:
-        put_loss_head(twin)
-    return twin
+def _twin(
+    model: PreTrainedModel, dtype: torch.dtype | None, *, holds_weights: bool
+) -> PreTrainedModel:
+    """A frozen copy of `model`, its parameters as `dtype` (None: as they are).
+
+    Without `holds_weights` they hold nothing, and take no memory until they are written to. Buffers
+    are copied as they are: rotary frequencies in bf16 put tokens in other places.
+    """
+
+    def twin_of(parameter: nn.Parameter) -> nn.Parameter:
+        data = parameter.data
+        twin = data.to(dtype, copy=True) if holds_weights else torch.empty_like(data, dtype=dtype)
+        return nn.Parameter(twin, requires_grad=False)
+
+    # deepcopy takes what the memo holds for done. Tied parameters are one.
+    made = {id(parameter): twin_of(parameter) for parameter in model.parameters()}
+    return copy.deepcopy(model, made)
 
 
 def _offload_(model: PreTrainedModel, device: torch.device) -> None:

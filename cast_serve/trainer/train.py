@@ -177,7 +177,9 @@ def _train(
     if not sharded:
         source.model.to(processes.device)  # type: ignore[arg-type]  # hidden by a decorator
     if fixed is None and not sharded:
-        dense_loss = mean_loss(source.model, corpus.evaluation, processes=processes)
+        dense_loss = mean_loss(
+            source.model, corpus.evaluation, batch_size=config.batch_size, processes=processes
+        )
     norms: dict[str, torch.Tensor] = {}
     if config.mask_metric == "activation":
         layers = list(plan.layers)
@@ -200,7 +202,9 @@ def _train(
     if fixed is None:
         if sharded:
             # One process has no room for the whole; with scales of one it is the dense model.
-            dense_loss = mean_loss(model, corpus.evaluation, processes=processes)
+            dense_loss = mean_loss(
+                model, corpus.evaluation, batch_size=config.batch_size, processes=processes
+            )
         fixed = Fixed(
             steps=plan.steps,
             context=plan.context,

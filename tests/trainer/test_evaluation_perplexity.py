@@ -15,6 +15,7 @@ from cast_serve.trainer.evaluation.perplexity import (
     strided_windows,
 )
 from cast_serve.trainer.evaluation.text import token_stream
+from cast_serve.trainer.head import put_loss_head
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +39,13 @@ def test_windows_token_by_token(tiny_models, tokens):
     assert found.perplexity == pytest.approx(math.exp(math.fsum(each) / len(each)), rel=1e-5)
 
 
+@pytest.mark.parametrize("in_head", [False, True])
 @pytest.mark.parametrize("model", ["llama", "gpt2"])
 @pytest.mark.parametrize("stride", [1, 10, 23])
-def test_strided_token_by_token(tiny_models, tokens, model, stride):
+def test_strided_token_by_token(tiny_models, tokens, model, stride, in_head):
     model = tiny_models[model]().eval()
+    if in_head:
+        put_loss_head(model)
     context = 24
     each = []
     for place in range(1, len(tokens)):

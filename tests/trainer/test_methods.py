@@ -26,6 +26,7 @@ from cast_serve.trainer.layers import choose_layers
 from cast_serve.trainer.methods import METHODS, method_of
 from cast_serve.trainer.methods.start import prune_at_start
 from cast_serve.trainer.methods.untrained import prune_without_training
+from cast_serve.trainer.objective import Objective
 from cast_serve.trainer.preview import preview, pruned
 from cast_serve.trainer.source import load_source
 
@@ -232,6 +233,21 @@ def test_pruned_gives_the_model_back_when_it_fails(make_config, tiny_models, met
     assert preview(model, text, config.nm).keys() == {
         f"eval_{what}{of}" for what in ("loss", "perplexity") for of in ("", "_pruned")
     }
+
+
+def test_an_evaluation_takes_no_more_sequences_at_once_than_training(make_config, monkeypatch):
+    """Else a run that fits its GPU could end at its first evaluation."""
+    seen = []
+    loss = Objective.__call__
+
+    def watch(self, model, head, ids, *more, **options):
+        seen.append(len(ids))
+        return loss(self, model, head, ids, *more, **options)
+
+    monkeypatch.setattr(Objective, "__call__", watch)
+    run(make_config(**settings("cast", steps=2, batch_size=1, held_out=0.2, eval_steps=1)))
+    assert len(seen) > 10
+    assert set(seen) == {1}
 
 
 @pytest.mark.parametrize("method", ["fixed-mask", "sr-ste", "ast"])

@@ -2,6 +2,7 @@
 
 import copy
 
+import psutil
 import pytest
 import torch
 
@@ -9,7 +10,7 @@ from cast_serve.trainer.head import put_loss_head
 from cast_serve.trainer.layers import blocks_name
 from cast_serve.trainer.offload import OffloadedBlocks
 from cast_serve.trainer.processes import ALONE
-from cast_serve.trainer.teacher import make_teacher
+from cast_serve.trainer.teacher import _twin, make_teacher
 
 CPU = torch.device("cpu")
 
@@ -74,6 +75,19 @@ def test_bf16_teacher_keeps_its_rotary_frequencies(tiny_models, make_config):
     twin = make_teacher(model, make_config(compute="bf16"), ALONE).model
     assert torch.equal(twin.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
     assert {p.dtype for p in twin.parameters()} == {torch.bfloat16}
+
+
+def test_twin_of_a_process_without_weights_takes_no_memory(tiny_models):
+    """Under FSDP all but the first process have such a model; shards are sent to them."""
+    model = tiny_models["llama"](vocab_size=500_000)
+    put_loss_head(model)
+    before = psutil.Process().memory_info().rss
+    twin = _twin(model, torch.bfloat16, holds_weights=False)
+    grown = psutil.Process().memory_info().rss - before
+    assert grown < 0.1 * sum(p.nbytes for p in twin.parameters())
+    assert {p.dtype for p in twin.parameters()} == {torch.bfloat16}
+    assert twin.state_dict().keys() == model.state_dict().keys()
+    assert torch.equal(twin.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
 
 
 def test_teacher_is_a_frozen_copy(tiny_models, make_config, ids):

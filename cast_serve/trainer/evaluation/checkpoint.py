@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cast_serve.model_loaders.checkpoint import CONFIG, Checkpoint
 from cast_serve.model_loaders.formats import Format, recognise
 from cast_serve.trainer.from_weights import build_model, unpacked
+from cast_serve.trainer.head import put_loss_head, returns_its_head
 from cast_serve.trainer.source import load_source, read_config
 
 
@@ -43,4 +44,8 @@ def load_checkpoint(folder: Path, *, dtype: torch.dtype) -> Loaded:
     # Parameters alone: model.to(dtype) would round the rotary frequencies, which stay in fp32.
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
-    return Loaded(model=model.eval(), tokenizer=tokenizer, form=form)
+    model.eval()
+    if returns_its_head(model):
+        # A text's logits are many times its hidden states: the loss is computed chunk by chunk.
+        put_loss_head(model)
+    return Loaded(model=model, tokenizer=tokenizer, form=form)

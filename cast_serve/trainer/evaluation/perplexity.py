@@ -17,8 +17,10 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from cast_serve.trainer.distill import IGNORED, distillation_loss
+from cast_serve.trainer.distill import IGNORED
 from cast_serve.trainer.evaluate import mean_loss, to_perplexity
+from cast_serve.trainer.head import loss_head
+from cast_serve.trainer.objective import Objective, next_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,19 +64,19 @@ def score_strided(
     model: PreTrainedModel, tokens: torch.Tensor, context: int, *, stride: int, batch_size: int
 ) -> Score:
     """Sliding windows over `tokens` int [tokens], 1 <= stride <= context."""
+    objective, head = Objective(eta=0.0), loss_head(model)
     nats, scored = 0.0, 0
     *full, last = strided_windows(len(tokens), context=context, stride=stride)
     batches = [full[i : i + batch_size] for i in range(0, len(full), batch_size)]
     # The last is shorter than the others, unless it ends at the stream's end by chance.
     for batch in [*batches, [last]]:
         ids = torch.stack([tokens[w.start : w.end] for w in batch]).long().to(model.device)
-        labels = ids.clone()
-        for row, window in zip(labels, batch, strict=True):
+        told = ids.clone()
+        for row, window in zip(told, batch, strict=True):
             row[: window.scored - window.start] = IGNORED
-        labels = labels[:, 1:].flatten()
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+        labels = next_tokens(told)
         count = int((labels != IGNORED).sum())
-        nats += distillation_loss(logits, None, labels, eta=0.0).ce.item() * count
+        nats += objective(model, head, ids, None, labels=labels).ce.item() * count
         scored += count
     return Score(nats=nats, tokens=scored)
 

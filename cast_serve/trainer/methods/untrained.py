@@ -37,7 +37,7 @@ def prune_without_training(config: RunConfig) -> None:
     commits = hub_commits((*config.data, *config.eval_data), known={}, cache=config.token_cache)
     corpus = load_text(config, source, context=context, commits=commits)
     layers = layers_of(model, config)
-    dense = mean_loss(model, corpus.evaluation)
+    dense = mean_loss(model, corpus.evaluation, batch_size=config.batch_size)
     fixed = Fixed(
         steps=0,
         context=context,
@@ -52,7 +52,7 @@ def prune_without_training(config: RunConfig) -> None:
     write_run(config, fixed)
     sample = make_stream(config, corpus, length=CALIBRATION_SEQUENCES)
     method_of(config).add_layers(model, layers, sample, resumed=False)
-    loss = mean_loss(model, corpus.evaluation)
+    loss = mean_loss(model, corpus.evaluation, batch_size=config.batch_size)
     provenance = of_one_shot(config, corpus, fixed, after=loss)
     training_form = config.run_dir / TRAINING_FORM
     with output_errors(config, trained=False):
