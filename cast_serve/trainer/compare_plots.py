@@ -29,8 +29,8 @@ def write_plots(rows: Sequence[Row], given: Mapping[str, Any], folder: Path) -> 
 def plot_curves(rows: Sequence[Row], path: Path) -> None:
     """Perplexity against tokens: solid as pruned then, dashed as it trains where that differs.
 
-    On the left all of it; on the right the second half of the budget, where the methods that the
-    prune's loss hides on the left come apart.
+    On the left all of it; on the right the second half of the budget of the sparse methods alone,
+    where those that the prune's loss hides on the left come apart.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -42,11 +42,10 @@ def plot_curves(rows: Sequence[Row], path: Path) -> None:
         _draw_curves(axes, rows)
     whole.set(ylabel="perplexity", yscale="log", title="As pruned at that point (dashed: before)")
     whole.legend(fontsize=8)
-    half.set(title="The second half")
-    late = _second_half(rows)
+    half.set(title="Sparse methods in the second half")
+    late = _second_half([row for row in rows if row.method != "dense"]) or _second_half(rows)
     if late:
-        # The dense model as it came is drawn by a line without points.
-        shown = [*(y for _, y in late), rows[0].perplexity_dense]
+        shown = [y for _, y in late]
         margin = 0.05 * (max(shown) - min(shown))
         half.set_xlim(min(x for x, _ in late), max(x for x, _ in late) * 1.02)
         half.set_ylim(min(shown) - margin, max(shown) + margin)

@@ -13,6 +13,9 @@ validator = pytest.importorskip("kubernetes_validate", reason="needs kubernetes-
 VERSIONS = ["1.30", "1.35"]
 OBJECTS = list(yaml.safe_load_all((DEPLOY / "kubernetes" / "cast-serve.yaml").read_text()))
 
+# Is started by hand, to copy models.
+COPIER = yaml.safe_load((DEPLOY / "kubernetes" / "models.yaml").read_text())
+
 
 def by_kind(kind: str) -> dict[str, Any]:
     (found,) = (thing for thing in OBJECTS if thing["kind"] == kind)
@@ -30,7 +33,7 @@ def pod(deployment) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("thing", OBJECTS, ids=lambda thing: thing["kind"])
+@pytest.mark.parametrize("thing", [*OBJECTS, COPIER], ids=lambda thing: thing["kind"])
 def test_schema(thing, version):
     validator.validate(thing, version, strict=True)
 
@@ -75,6 +78,14 @@ def test_names_agree(deployment, pod):
         if len(v) == 2 and "persistentVolumeClaim" in v
     }
     assert claims == {by_kind("PersistentVolumeClaim")["metadata"]["name"]}
+
+
+def test_models_are_copied_to_where_the_server_reads_them(pod):
+    (volume,), (container,) = COPIER["spec"]["volumes"], COPIER["spec"]["containers"]
+    assert volume in pod["volumes"]
+    (mount,) = container["volumeMounts"]
+    (read,) = (m for m in pod["containers"][0]["volumeMounts"] if m["name"] == mount["name"])
+    assert read == mount | {"readOnly": True}
 
 
 def test_runs_as_the_images_user(pod):
