@@ -31,7 +31,7 @@ def require_gpu() -> torch.device:
     if not torch.cuda.is_available():
         raise ValueError(
             f"needs an NVIDIA GPU, and torch {torch.__version__} sees none; "
-            "`python -m bench.render` shows the results there are without one"
+            "what was measured on some is in bench/results of a checkout"
         )
     return torch.device("cuda", torch.cuda.current_device())
 

@@ -118,6 +118,8 @@ def _add(group: Any, option: Field[Any], kind: Any) -> None:
         settings["metavar"] = "|".join(get_args(kind))
     else:
         settings["metavar"] = {Path: "DIR", int: "N", float: "X", str: "N:M"}[kind]
+        if option.name == "text_key":
+            settings["metavar"] = "KEY"
     group.add_argument(flag, **settings)
 
 

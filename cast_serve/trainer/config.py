@@ -224,8 +224,11 @@ class RunConfig:
     gradient_checkpointing: bool = _option(
         False, "recompute activations in the backward pass to save memory", group="run"
     )
-    held_out: float = _option(
-        0.01, "share of the data kept for evaluation, evenly spaced; 0 for none", group="run"
+    held_out: float | None = _option(
+        None,
+        "share of the data kept for evaluation, evenly spaced; 0 for none; default: 0.01, of a "
+        "large corpus as much as gives 2^20 tokens",
+        group="run",
     )
     eval_data: tuple[DataSource, ...] = _option(
         (), "what to evaluate on in place of a held-out share, named as in data", group="run"

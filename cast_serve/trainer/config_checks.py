@@ -20,6 +20,7 @@ METHODS_OF = {
     "masked_rate": ("cast",),
     "dense_rate": ("cast", "fixed-mask", "sr-ste", "ast"),
     "second_moment": ("cast",),
+    "scale_baselines": ("fixed-mask", "sr-ste", "ast"),
     "mask_metric": ("cast", "sr-ste", "ast"),
     "mask_interval": ("cast", "ast"),
 }
@@ -108,7 +109,13 @@ def _check_ranges(config: "RunConfig") -> None:
 
 
 def _check_teacher(config: "RunConfig") -> None:
+    defaults = type(config)
+    for key in ("teacher", "temperature"):
+        if config.eta == 0 and getattr(config, key) != getattr(defaults, key):
+            raise RunError(f"{key}: with eta 0 no teacher is asked; leave it out")
     if config.teacher != "cached":
+        if config.teacher_top_k != defaults.teacher_top_k:
+            raise RunError("teacher_top_k: is of teacher=cached; leave it out")
         return
     if config.loss == "liger":
         raise RunError(
@@ -151,6 +158,8 @@ def _check_method(config: "RunConfig") -> None:
         raise RunError(
             f"export: the training form is of method cast, not {method}; use packed, dense"
         )
+    if config.export == "training" and config.dtype != type(config).dtype:
+        raise RunError("dtype: the training form keeps fp32 weights; leave it out")
 
 
 def _check_files(config: "RunConfig") -> None:
@@ -162,7 +171,7 @@ def _check_files(config: "RunConfig") -> None:
         raise RunError(f"eval_data: {weighted[0]} has a weight; evaluation reads all of it")
     if config.output.name in ("", ".."):
         raise RunError(f"output: {config.output} names no new folder; give one, such as ./sparse")
-    if config.eval_data and config.held_out != type(config).held_out and config.held_out > 0:
+    if config.eval_data and config.held_out:
         raise RunError("held_out: eval_data is evaluated on instead; give one of the two")
 
 

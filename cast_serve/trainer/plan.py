@@ -219,6 +219,11 @@ def _travel(lr: float, schedule: Schedule, masked: float) -> float:
 def _default_lr(config: RunConfig, schedule: Schedule, masked: float) -> float:
     if config.method != "cast":
         return DEFAULT_ADAMW_LR
+    if not masked:
+        raise RunError(
+            "lr: must be given: the default brings masked weights to zero, and all of this model's "
+            "are zero already; train the dense model that it was made from, or give lr"
+        )
     return min(HIGHEST_DEFAULT_LR, TRAVEL_ADVISED * masked / schedule.reach())
 
 

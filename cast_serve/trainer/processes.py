@@ -79,6 +79,16 @@ def takes_gpu(device: str) -> bool:
     return device == "auto" and torch.cuda.is_available()
 
 
+def _use_own_cores() -> None:
+    """This process' part of the host's cores, in place of torchrun's one.
+
+    An optimizer step in host memory, and the plan's look at all weights, take minutes on one.
+    """
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // beside))
+
+
 @contextmanager
 def join(device: str) -> Iterator[Processes]:
     """This process among those that were started with it, until the end of the block.
@@ -105,6 +115,7 @@ def join(device: str) -> Iterator[Processes]:
     if count == 1:
         yield Processes(rank=0, count=1, device=place)
         return
+    _use_own_cores()
     if "MASTER_ADDR" not in os.environ:
         raise RunError(f"WORLD_SIZE is {count} without MASTER_ADDR; start with torchrun")
     # gloo on GPU machines, too: for what is offloaded to host memory, and for objects.

@@ -98,6 +98,9 @@ def _run(config: RunConfig, console: Console, processes: Processes) -> None:
         lambda: _plan(config, source, corpus, layers, context, fixed, processes)
     )
     console.print(render_plan(plan, config))
+    if config.parallel == "fsdp" and processes.count == 1:
+        told = "warning: parallel=fsdp in one process shards nothing; start it with torchrun"
+        console.print(told, style="yellow", markup=False)
     # A run that is resumed was allowed when it started.
     warning = check_travel(plan, allowed=config.allow_short_travel or fixed is not None)
     if warning:

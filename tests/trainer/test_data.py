@@ -9,7 +9,7 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from cast_serve.trainer.data import load_corpus
+from cast_serve.trainer.data import corpus, load_corpus
 from cast_serve.trainer.data_source import DataSource
 from cast_serve.trainer.errors import RunError
 
@@ -86,6 +86,17 @@ def test_held_out_is_evenly_spaced(text_file, load):
     assert everything.evaluated_on == "training sample"
     left = [block for place, block in enumerate(rows(everything.parts[0])) if place % 10 != 9]
     assert rows(split.parts[0]) == left
+
+
+def test_of_a_large_corpus_less_is_held_out(text_file, load, monkeypatch):
+    everything = load(text_file)
+    monkeypatch.setattr(corpus, "_HELD_OUT", 0.1)
+    assert len(load(text_file, held_out=None).evaluation) == everything.train_blocks // 10
+    # Of whole blocks: the text ends within one.
+    monkeypatch.setattr(corpus, "_ENOUGH", 3 * 32 + 16)
+    assert len(load(text_file, held_out=None).evaluation) == 3
+    # Who names a share gets it.
+    assert len(load(text_file, held_out=0.1).evaluation) == everything.train_blocks // 10
 
 
 def test_eval_data_leaves_training_whole(text_file, load):

@@ -240,6 +240,17 @@ def test_generate_says_what_to_install(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_has_one_writer(tmp_path):
+    output = tmp_path / "texts" / "a.jsonl"
+    given = ["--model", str(tmp_path), "--output", str(output), "--tokens", "9"]
+    with generate._held(output):
+        with pytest.raises(RunError, match=r"another cast-train generate is writing .*a\.jsonl"):
+            generate.main(given)
+        assert not output.with_name("a.jsonl.json").exists()
+    with generate._held(output):
+        pass
+
+
 def test_a_file_is_continued_with_its_own_settings_only(tmp_path):
     output = tmp_path / "a.jsonl"
     given = ["--model", "m", "--output", str(output), "--tokens", "9"]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from cast_serve.kernels.pattern import nm_mask
 from cast_serve.trainer.config import HIGHEST_DEFAULT_LR
 from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.layers import choose_layers
@@ -19,9 +20,10 @@ from cast_serve.trainer.report import render_plan
 def plan_of(make_config, tiny_models):
     """Plan of the tiny Llama on 100 blocks under a configuration with changes."""
 
-    def make(model_name="llama", **changes):
+    def make(model_name="llama", change_model=lambda model: None, **changes):
         config = make_config(**changes)
         model = tiny_models[model_name]()
+        change_model(model)
         layers = choose_layers(model, config.nm, scaling_blocks=2)
         return make_plan(
             config,
@@ -116,6 +118,19 @@ def test_default_rate_travels_far_enough(plan_of):
     assert plan.verdict == "ok"
 
 
+def test_a_model_that_is_sparse_already_has_no_default_rate(plan_of):
+    """As any pruning tool writes it: nothing but its weights says that it is 2:4."""
+
+    def prune(model):
+        for layer in model.modules():
+            if isinstance(layer, torch.nn.Linear):
+                layer.weight.data *= nm_mask(layer.weight)
+
+    with pytest.raises(RunError, match=r"lr: must be given: .* train the dense model"):
+        plan_of(change_model=prune, lr=None)
+    assert plan_of(change_model=prune, lr=1e-4).travel == math.inf
+
+
 def test_default_rate_is_bounded(plan_of):
     # A few steps cannot be rescued by a rate that diverges: they are refused.
     plan = plan_of(lr=None, steps=5)
@@ -149,6 +164,15 @@ def test_dry_run(llama_dir, text_file, tmp_path, capsys, lr, status):
         assert err.count("\n") == 1
     else:
         assert err == ""
+
+
+def test_fsdp_in_one_process_is_told(llama_dir, text_file, tmp_path, capsys):
+    arguments = ["--model", str(llama_dir), "--data", str(text_file), "--steps", "2"]
+    places = ["--output", str(tmp_path / "out"), "--context", "32", "--device", "cpu"]
+    arguments += [*places, "--allow-short-travel", "--dry-run"]
+    for more, told in (([], False), (["--parallel", "fsdp"], True)):
+        assert main([*arguments, *more]) == 0
+        assert ("in one process shards nothing" in capsys.readouterr().out) is told
 
 
 def test_budget_without_end_is_refused(make_config):

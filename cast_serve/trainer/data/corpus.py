@@ -35,6 +35,9 @@ from cast_serve.trainer.errors import RunError
 _READING = "3"
 _SAMPLE = 16
 _TEXT_KEY = "text"
+# Of the text, to evaluate on; and how many tokens say enough: perplexity to a part in a thousand.
+_HELD_OUT = 0.01
+_ENOUGH = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +95,7 @@ def load_corpus(
     tokenizer: PreTrainedTokenizerBase,
     *,
     context: int,
-    held_out: float,
+    held_out: float | None,
     eval_sources: tuple[DataSource, ...] = (),
     budget: int | None = None,
     text_key: str | None = None,
@@ -102,8 +105,9 @@ def load_corpus(
     """Read, tokenise, cut and split.
 
     Without `eval_sources` every (1/held_out)-th block is kept for evaluation, so that each part of
-    the text has a share in it. With a `budget` of training tokens, data sets of the hub are read no
-    further than it can need; files are read in full, because blocks are drawn from all of a source.
+    the text has a share in it; None is _HELD_OUT, or what gives _ENOUGH tokens if that is less.
+    With a `budget` of training tokens, data sets of the hub are read no further than it can need;
+    files are read in full, because blocks are drawn from all of a source.
 
     Args:
         commits: at which data sets of the hub are read, by name; the newest of others.
@@ -119,7 +123,8 @@ def load_corpus(
     streams, digests = [], []
     for place, source in enumerate(sources):
         share = 1.0 if weights is None else weights[place]
-        limit = None if budget is None else _needed(budget * share, held_out, context)
+        most = _HELD_OUT if held_out is None else held_out
+        limit = None if budget is None else _needed(budget * share, most, context)
         tokens, written = _tokens(source, reading, limit if source.hub else None)
         streams.append(tokens)
         digests.append(prefix_digest(tokens, written.digests))
@@ -136,7 +141,9 @@ def load_corpus(
         run = TokenRun([_tokens(source, reading, None)[0] for source in eval_sources])
         evaluation = to_blocks(run, context=context, key="eval_data").stacked()
         evaluated_on = "eval_data"
-    elif held_out > 0:
+    elif held_out != 0:
+        if held_out is None:
+            held_out = min(_HELD_OUT, _ENOUGH / sum(map(len, streams)))
         blocks, evaluation = _hold_out(blocks, held_out, context)
         evaluated_on = "held-out"
     else:

@@ -5,6 +5,7 @@ of it, and the KL of Eq. 13 asks for nothing else; but what it knows and never w
 
     OUT.jsonl         one object a text: {"text": ..., "request": number, "tokens": count}
     OUT.jsonl.json    the settings, which must be the same when it is continued
+    .OUT.jsonl.lock   locked while it is written
 
 Called again, it goes on until there are --tokens of them. Text number i is asked for with prompt i;
 sampling is seeded by --seed and by how many texts were asked for before, but what a GPU samples
@@ -16,11 +17,14 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from cast_serve.trainer.arguments import Parser
 from cast_serve.trainer.data_source import DataSource
@@ -114,18 +118,22 @@ def main(arguments: Sequence[str]) -> int:
         raise RunError(f"tokens: {given.tokens} is out of range; it must be at least 1")
     if any(flag.partition("=")[0] == "--seed" for flag in engine):
         raise RunError("seed: give it before --, where cast-train generate takes it")
+    output: Path = given.output
+    if output.suffix != ".jsonl":
+        raise RunError(f"output: {output} must end in .jsonl, which training reads it by")
     if find_spec("vllm") is None:
         raise RunError(
             "generating needs vllm; install it: pip install 'cast-serve[cuda]', or "
             "'cast-serve[cpu]' where there is no NVIDIA GPU"
         )
-    _check_output(given.output, settings)
-    from cast_serve.trainer.generation.write import write
+    with _held(output):
+        _check_output(output, settings)
+        from cast_serve.trainer.generation.write import write
 
-    begun = time.perf_counter()
-    counts, tokens = write(given.output, settings, given.tokens, engine, batch=_BATCH)
+        begun = time.perf_counter()
+        counts, tokens = write(output, settings, given.tokens, engine, batch=_BATCH)
     seconds = time.perf_counter() - begun
-    print(_summary(given.output, counts, tokens, seconds))
+    print(_summary(output, counts, tokens, seconds))
     return 0
 
 
@@ -167,15 +175,31 @@ def _settings(given: argparse.Namespace) -> Settings:
     )
 
 
+@contextmanager
+def _held(output: Path) -> Iterator[None]:
+    """`output` is this process' alone: of two, each would write the other's requests again."""
+    lock = FileLock(output.with_name(f".{output.name}.lock"), blocking=False)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise RunError(
+            f"output: another cast-train generate is writing {output}; wait for it, or end it"
+        ) from error
+    except OSError as error:
+        raise RunError(f"output: cannot write {output}: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _check_output(output: Path, settings: Settings) -> None:
     """Record the settings of a new file; refuse to continue one with others."""
-    if output.suffix != ".jsonl":
-        raise RunError(f"output: {output} must end in .jsonl, which training reads it by")
     record = output.with_name(f"{output.name}.json")
     now: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
     try:
         if not output.exists():
-            output.parent.mkdir(parents=True, exist_ok=True)
             record.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
             return
         before = json.loads(record.read_text(encoding="utf-8"))

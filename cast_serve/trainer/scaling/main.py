@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         default=1000,
         metavar="N",
-        help="bootstrap samples (default 1000, some 10 ms each)",
+        help="bootstrap samples (default 1000, each a fit anew: a tenth of a second or so)",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the bootstrap")
     parser.add_argument(
