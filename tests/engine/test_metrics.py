@@ -223,9 +223,23 @@ def prometheus(server, tmp_path_factory) -> Iterator[str]:
     command += [f"--storage.tsdb.path={folder / 'data'}", f"--web.listen-address={address}"]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
+    wait_until_ready(f"http://{address}")
     yield f"http://{address}"
     process.terminate()
     process.wait(timeout=30)
+
+
+def wait_until_ready(prometheus: str) -> None:
+    """It refuses connections at first, then answers 503 to every query while it opens its data."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        try:
+            if httpx.get(f"{prometheus}/-/ready").is_success:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.2)
+    raise TimeoutError(f"Prometheus at {prometheus} was not ready within 60 s")
 
 
 def ask(prometheus: str, path: str, **parameters: str) -> Any:
@@ -257,15 +271,11 @@ def test_dashboard_and_rules_read_the_server(server, prometheus):
     end = time.monotonic() + 90
     while empty and time.monotonic() < end:
         client.completions.create(model="tiny", prompt="it was", max_tokens=20)
-        try:
-            empty = {
-                panel: query
-                for panel, query in empty.items()
-                if not ask(prometheus, "query", query=query)["result"]
-            }
-        except httpx.TransportError:
-            # It has just been started.
-            time.sleep(0.2)
+        empty = {
+            panel: query
+            for panel, query in empty.items()
+            if not ask(prometheus, "query", query=query)["result"]
+        }
     assert not empty
     rules = ask(prometheus, "rules")["groups"][0]["rules"]
     assert {rule["health"] for rule in rules} == {"ok"}
