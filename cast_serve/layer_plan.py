@@ -7,7 +7,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from cast_serve.config import CastConfig
-from cast_serve.envs import forced_kernel
+from cast_serve.envs import ForcedKernel, forced_kernel
 from cast_serve.kernels.op import REFERENCE_PLAN
 from cast_serve.kernels.plan import Plan
 from cast_serve.kernels.problem import Problem
@@ -28,7 +28,9 @@ def plan_layer(values: torch.Tensor, config: CastConfig) -> Plan | None:
         ValueError: CAST_SERVE_KERNEL names a kernel that does not run it.
     """
     if current_platform.is_cpu():
-        plan = _forced_on_cpu()
+        # Unless told otherwise, vLLM's own linear: it is faster than the reference.
+        forced = forced_kernel()
+        plan = None if forced is None else forced_on_cpu(forced)
     elif current_platform.is_cuda():
         plan = _plan_on_gpu(values)
     else:
@@ -39,11 +41,12 @@ def plan_layer(values: torch.Tensor, config: CastConfig) -> Plan | None:
     return plan
 
 
-def _forced_on_cpu() -> Plan | None:
-    """None unless CAST_SERVE_KERNEL is set: vLLM's own linear is faster than the reference."""
-    forced = forced_kernel()
-    if forced is None:
-        return None
+def forced_on_cpu(forced: ForcedKernel) -> Plan:
+    """The plan of every layer on a CPU where CAST_SERVE_KERNEL is set.
+
+    Raises:
+        ValueError: it names what needs a GPU, or a config that there is not.
+    """
     if forced.name != REFERENCE.name:
         raise ValueError(f"{forced} needs a GPU; on a CPU there is {REFERENCE.name}")
     (row,) = REFERENCE_PLAN.rows

@@ -39,6 +39,7 @@ def _run() -> int:
 
     from cast_serve.envs import forced_kernel
     from cast_serve.kernels.selection import forced_spec
+    from cast_serve.layer_plan import forced_on_cpu
     from cast_serve.model_loaders.errors import CheckpointError
     from cast_serve.server.arguments import parse
     from cast_serve.server.report import report
@@ -50,6 +51,8 @@ def _run() -> int:
     try:
         if forced := forced_kernel():
             forced_spec(forced)
+            if current_platform.is_cpu():
+                forced_on_cpu(forced)
     except ValueError as error:
         return fail(str(error))
     try:

@@ -191,11 +191,22 @@ def test_check_only_checks_something():
     assert last_line(mistyped) == "cast-serve: sparse/lama: no such folder, so nothing was checked"
 
 
-def test_kernel_that_there_is_not(packed, monkeypatch):
-    monkeypatch.setitem(ENVIRONMENT, "CAST_SERVE_KERNEL", "marlin")
+@pytest.mark.parametrize(
+    ("kernel", "said"),
+    [
+        ("marlin", "CAST_SERVE_KERNEL=marlin: no kernel 'marlin'"),
+        pytest.param(
+            "wgmma_sp",
+            "CAST_SERVE_KERNEL=wgmma_sp needs a GPU; on a CPU there is reference",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_kernel_that_cannot_be_forced(packed, monkeypatch, kernel, said):
+    monkeypatch.setitem(ENVIRONMENT, "CAST_SERVE_KERNEL", kernel)
     refused = run("--model", str(packed), "--check-only")
     assert refused.returncode == 1
-    assert last_line(refused).startswith("cast-serve: CAST_SERVE_KERNEL=marlin: no kernel 'marlin'")
+    assert last_line(refused).startswith(f"cast-serve: {said}")
 
 
 def test_refuses_before_loading(packed, tmp_path):
