@@ -17,54 +17,22 @@ import json
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from cast_serve.bench.paths import known
-from cast_serve.bench.result_file import ResultFile, positive, read
 from cast_serve.bench.serving.arguments import (
     add_common_arguments,
     split_flags,
 )
 from cast_serve.bench.serving.engines import BASELINE, Engine, common_flags
+from cast_serve.bench.serving.loading_results import Row, load_or_empty, of_dense, print_rows
 from cast_serve.bench.serving.models import ServedModel, find_served_model
 from cast_serve.bench.serving.server import Server, ServerError
 from cast_serve.bench.serving.setting import Setting
 from cast_serve.bench.serving.weights import write_weights
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """Loading on an engine.
-
-    Attributes:
-        load_s: median over the repeats of what vLLM logs as loading; `spread_s` largest less least.
-        start_s: median from the start of the process until it answers, without graphs.
-        weights_gib: of one rank; None on a CPU, where vLLM does not log it.
-        host_gib: largest resident set of a process, pages of the checkpoint's files included.
-        checkpoint_gib: of the safetensors on disk.
-    """
-
-    engine: str
-    model: str
-    repeats: int
-    load_s: float
-    spread_s: float
-    start_s: float
-    weights_gib: float | None
-    kv_tokens: int
-    host_gib: float
-    checkpoint_gib: float
-    flags: str
-    run: str
-
-    @property
-    def key(self) -> tuple[str, str, str]:
-        return (self.engine, self.model, self.flags)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -170,53 +138,6 @@ def measure(
         flags=" ".join(flags),
         run=setting.env["run"],
     )
-
-
-def of_dense(row: Row, dense: Row) -> dict[str, float]:
-    """A row's numbers over those of stock vLLM on the dense checkpoint."""
-    ratios = {
-        "load_s": row.load_s / dense.load_s,
-        "kv_tokens": row.kv_tokens / dense.kv_tokens,
-        "host_gib": row.host_gib / dense.host_gib,
-        "checkpoint_gib": row.checkpoint_gib / dense.checkpoint_gib,
-    }
-    if row.weights_gib and dense.weights_gib:
-        ratios["weights_gib"] = row.weights_gib / dense.weights_gib
-    return {name: round(ratio, 3) for name, ratio in ratios.items()}
-
-
-def print_rows(rows: Sequence[Row], title: str, console: Console) -> None:
-    table = Table(title=title)
-    for column in (
-        "engine",
-        "load s",
-        "start s",
-        "weights GiB",
-        "KV tokens",
-        "host GiB",
-        "disk GiB",
-    ):
-        table.add_column(column, justify="left" if column == "engine" else "right")
-    for row in rows:
-        table.add_row(
-            row.engine,
-            f"{row.load_s:.2f} ± {row.spread_s:.2f}",
-            f"{row.start_s:.0f}",
-            "-" if row.weights_gib is None else f"{row.weights_gib:.2f}",
-            f"{row.kv_tokens:,}",
-            f"{row.host_gib:.2f}",
-            f"{row.checkpoint_gib:.2f}",
-        )
-    console.print(table)
-
-
-def load_or_empty(path: Path) -> ResultFile[Row]:
-    return read(path, Row, _fault) if path.exists() else ResultFile()
-
-
-def _fault(row: Row) -> str | None:
-    numbers = (row.load_s, row.start_s, row.kv_tokens, row.host_gib, row.checkpoint_gib)
-    return None if positive(*numbers) else "times and sizes must be numbers above zero"
 
 
 if __name__ == "__main__":

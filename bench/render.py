@@ -230,7 +230,9 @@ def write_plot(results: Results, path: Path) -> None:
         axes.grid(alpha=0.3)
     speed.set_ylim(0, 2.25)
     share.set_ylim(0, 110)
-    speed.legend(fontsize=8, loc="lower right")
+    # Below the panels: inside, it would cover a curve.
+    handles, labels = speed.get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=150)
 
 

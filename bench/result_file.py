@@ -50,6 +50,14 @@ class ResultFile(Generic[RowType]):
             rows=tuple(joined.values()),
         )
 
+    def ran_on(self) -> str:
+        """In Markdown, a paragraph: the runs, and the versions of each."""
+        runs = (
+            f"{name}: driver {run['driver']}, torch {run['torch']}, vLLM {run['vllm']}"
+            for name, run in self.runs.items()
+        )
+        return f"Runs: {'; '.join(runs)}."
+
     def save(self, path: Path) -> None:
         """Write whole or not at all: a run may be killed at any time."""
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -106,12 +106,11 @@ def print_rows(rows: Sequence[Row], title: str, console: Console) -> None:
         console.print(printed)
 
 
-def lines(rows: Sequence[Row]) -> list[str]:
-    """A Markdown table: a line an engine, model and workload, ms of a step by kind."""
-    if not rows:
-        return []
-    kinds = list(rows[0].parts_ms)
-    return table(
+def lines(file: Path) -> list[str]:
+    """A Markdown table: a line an engine, model and workload, ms of a step by kind; the runs."""
+    results = load_or_empty(file)
+    kinds = list(results.rows[0].parts_ms)
+    found = table(
         ["model", "workload", "engine", *kinds, "step", "steps"],
         [
             [
@@ -122,9 +121,10 @@ def lines(rows: Sequence[Row]) -> list[str]:
                 f"{row.step_ms:.3f}",
                 str(row.steps),
             ]
-            for row in rows
+            for row in results.rows
         ],
     )
+    return [*found, "", results.ran_on()]
 
 
 def beside(file: Path) -> Path:

@@ -75,11 +75,7 @@ def lines(file: Path) -> list[str]:
         rows.sort(key=lambda row: (row.requests, row.engine))
         found += ["", f"{model}{f', `{flags}`' if flags else ''}:", ""]
         found += table(list(HEADER), [cells(row, rows) for row in rows])
-    ran_on = [
-        f"{name}: driver {run['driver']}, torch {run['torch']}, vLLM {run['vllm']}"
-        for name, run in results.runs.items()
-    ]
-    return [*found, "", f"Runs: {'; '.join(ran_on)}."]
+    return [*found, "", results.ran_on()]
 
 
 def print_rows(rows: Sequence[Row], title: str, console: Console) -> None:

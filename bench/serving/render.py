@@ -1,13 +1,13 @@
 """serve-GPU.json to Markdown and PNG, and the table of README.md."""
 
 import importlib.util
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from cast_serve.bench.markdown import replace_between, table
-from cast_serve.bench.serving import breakdown, offline_results
+from cast_serve.bench.serving import breakdown, loading_results, offline_results
 from cast_serve.bench.serving.engines import BASELINE, ENGINES
 from cast_serve.bench.serving.floors import MODEL, floor_of, judge
 from cast_serve.bench.serving.report import HEADER, cells
@@ -39,27 +39,21 @@ def can_plot(console: Console) -> bool:
 def render(file: Path) -> list[Path]:
     """Write FILE.md beside FILE.json, and FILE.png if there is something to plot; returns them."""
     results = load(file)
-    profiled = breakdown.load_or_empty(breakdown.beside(file)).rows
-    offline = offline_results.beside(file)
+    beside = _beside(file)
     text, plot = file.with_suffix(".md"), file.with_suffix(".png")
     if not _chats(results):
-        text.write_text(markdown(results, None, profiled, offline))
+        text.write_text(markdown(results, None, beside))
         return [text]
-    text.write_text(markdown(results, plot.name, profiled, offline))
+    text.write_text(markdown(results, plot.name, beside))
     write_plot(results, plot)
     return [text, plot]
 
 
-def markdown(
-    results: Results,
-    plot: str | None,
-    profiled: Sequence[breakdown.Row] = (),
-    offline: Mapping[str, Path] | None = None,
-) -> str:
-    """The report of a result file: floors, a table a model, breakdowns, what the runs ran on.
+def markdown(results: Results, plot: str | None, beside: Sequence[str] = ()) -> str:
+    """The report of a result file: floors, a table a model, what the runs ran on.
 
     Args:
-        offline: by benchmark, the results without a server.
+        beside: lines about what other benchmarks measured.
     """
     gpu = results.env["gpu"]
     lines = [
@@ -93,18 +87,7 @@ def markdown(
         rows = in_order(row for row in results.rows if (row.model, row.flags) == (model, flags))
         lines += ["", f"## {model}{f', `{flags}`' if flags else ''}", ""]
         lines += table(list(HEADER), [cells(row, rows, gpu) for row in rows])
-    if profiled:
-        note = (
-            "Medians over the steps, with the profiler running, which slows the host: GPU idle is "
-            "more than without it. lm_head, dense in every engine, is apart from the linears."
-        )
-        lines += ["", "## Milliseconds of a step", "", note, "", *breakdown.lines(profiled)]
-    for benchmark, file in (offline or {}).items():
-        lines += [
-            "",
-            f"## Without a server: `cast-bench {benchmark}`",
-            *offline_results.lines(file),
-        ]
+    lines += beside
     lines += ["", "## Runs", ""]
     lines += table(
         ["run", "driver", "CUDA", "torch", "vLLM", "triton", "CPU", "engines", "flags"],
@@ -124,6 +107,30 @@ def markdown(
         ],
     )
     return "\n".join(lines) + "\n"
+
+
+def _beside(file: Path) -> list[str]:
+    """Of the result files of the same GPU beside a serve-GPU.json: a section each."""
+    lines: list[str] = []
+    profiled, loading = breakdown.beside(file), loading_results.beside(file)
+    if profiled.exists():
+        note = (
+            "Medians over the steps, with the profiler running, which slows the host: GPU idle is "
+            "more than without it. lm_head, dense in every engine, is apart from the linears."
+        )
+        lines += ["", "## Milliseconds of a step", "", note, "", *breakdown.lines(profiled)]
+    if loading.exists():
+        note = (
+            "Real files in the page cache. load: what vLLM logs as loading; start: until the "
+            "server answers, without graphs; host: largest resident set of a process, pages of "
+            "the files included. In brackets what part of dense bf16's."
+        )
+        title = "## Loading: `cast-bench load`"
+        lines += ["", title, "", note, "", *loading_results.lines(loading)]
+    for benchmark, measured in offline_results.beside(file).items():
+        title = f"## Without a server: `cast-bench {benchmark}`"
+        lines += ["", title, *offline_results.lines(measured)]
+    return lines
 
 
 def in_order(rows: Iterable[Row]) -> list[Row]:

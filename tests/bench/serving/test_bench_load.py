@@ -1,10 +1,12 @@
 """bench_load: what it refuses, and what it compares."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from cast_serve.bench.bench_load import Row, main, of_dense
+from cast_serve.bench.bench_load import main
+from cast_serve.bench.serving.loading_results import Row, lines, load_or_empty, of_dense
 
 DENSE = Row(
     engine="dense-bf16",
@@ -33,6 +35,19 @@ def test_of_dense() -> None:
     }
     on_cpu = replace(packed, weights_gib=None)
     assert "weights_gib" not in of_dense(on_cpu, DENSE)
+
+
+def test_lines(tmp_path: Path, env) -> None:
+    packed = replace(DENSE, engine="sparse-bf16", load_s=3.0, weights_gib=9.3, kv_tokens=440000)
+    file = tmp_path / "load-h200.json"
+    rows = [replace(row, run=env()["run"]) for row in (DENSE, packed)]
+    load_or_empty(file).merge(env(), rows).save(file)
+    found = lines(file)
+    assert found[0] == "Llama-3.1-8B:"
+    assert "| dense-bf16 | 4.00 ± 0.10 | 20 | 15.00 | 400,000 | 17.00 | 15.00 |" in found
+    shown = "| sparse-bf16 | 3.00 ± 0.10 (0.75) | 20 | 9.30 (0.62) | 440,000 (1.10) "
+    assert f"{shown}| 17.00 (1.00) | 15.00 (1.00) |" in found
+    assert found[-1].startswith(f"Runs: {env()['run']}: driver ")
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def test_markdown_breakdown(results: Results, result_file: Path, env) -> None:
         step_ms=3.5,
         parts_ms={"2:4 linear": 2.0, "GPU idle": 1.5},
         flags="",
-        run="one",
+        run=env()["run"],
     )
     path = result_file.with_name("breakdown-h200.json")
     breakdown.load_or_empty(path).merge(env(), [profiled]).save(path)
@@ -88,6 +88,7 @@ def test_markdown_breakdown(results: Results, result_file: Path, env) -> None:
     lines = text.read_text().splitlines()
     assert "| model | workload | engine | 2:4 linear | GPU idle | step | steps |" in lines
     assert "| Llama-3.1-8B | c1 | sparse-bf16 | 2.000 | 1.500 | 3.500 | 254 |" in lines
+    assert f"Runs: {env()['run']}: driver " in text.read_text()
 
 
 def test_headline_table(result_file: Path) -> None:
