@@ -2,9 +2,11 @@
 
 On CPUs this is also the fast way: with `torch._foreach_*` the 20 weights of 576 x 1536 take 172 ms
 instead of 115, because a list of tensors goes through memory once an operation, not through caches.
+For the same reason a large weight goes a slice of rows at a time: 4096 x 4096 take 0.14 s instead
+of 0.42, most of it for the pages of temporaries.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -12,6 +14,10 @@ import torch
 
 from cast_serve.trainer.config import Pattern
 from cast_serve.trainer.masks import weight_mask
+
+
+# Of a slice: its values and a few temporaries stay in caches.
+_SLICE = 2**18
 
 
 class Slot(NamedTuple):
@@ -83,7 +89,7 @@ class Reference:
     ) -> None:
         """See `Implementation`."""
         n = numbers
-        for (weight, mu, nu, mask), grad in zip(slots, grads, strict=True):
+        for (weight, mu, nu, mask), grad in _slices(slots, grads):
             mu.mul_(n.beta1).add_(grad, alpha=1 - n.beta1)
             blended = _blended(mu, weight, mask, n)
             squared = _blended(grad, weight, mask, n) if n.of_gradient else blended
@@ -111,6 +117,22 @@ class Reference:
             changed += (fresh != mask).sum()
             mask.copy_(fresh)
         return changed
+
+
+def _slices(
+    slots: Sequence[Slot], grads: Sequence[torch.Tensor]
+) -> Iterator[tuple[Slot, torch.Tensor]]:
+    """Each slot with its gradient; on a CPU, slices of rows of those that are large."""
+    for slot, grad in zip(slots, grads, strict=True):
+        weight = slot.weight
+        if weight.device.type != "cpu" or weight.numel() <= _SLICE:
+            yield slot, grad
+            continue
+        rows = max(1, _SLICE * weight.shape[0] // weight.numel())
+        for start in range(0, weight.shape[0], rows):
+            part = slice(start, start + rows)
+            mask = None if slot.mask is None else slot.mask[part]
+            yield Slot(weight[part], slot.mu[part], slot.nu[part], mask), grad[part]
 
 
 def _blended(

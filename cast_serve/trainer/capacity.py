@@ -3,7 +3,8 @@
 Memory is what must be there at the peak of a step, by part; activations and the allocator's waste
 are estimates. Speed is a roofline: a step takes as long as its arithmetic at a share of the GPU's
 peak (the MFU), or as its traffic between GPUs where that is longer, and then the optimizer's pass
-over its state. `cast-bench train` measures both.
+over its state; offloaded, also as the host takes to sum gradients. `cast-bench train` measures
+memory and speed without offloading.
 """
 
 from dataclasses import dataclass
@@ -18,6 +19,10 @@ from cast_serve.trainer.layers import LayerChoice, blocks_name, decoder_blocks, 
 
 # AdamS reads w, g, mu, nu and a byte of mask and writes w, mu, nu, all fp32.
 _OPTIMIZER_BYTES = 29
+# On a CPU (adams_rule.py): its time for 4096 x 4096 over that of copying a byte, measured.
+_HOST_OPTIMIZER_BYTES = 70
+# A pass adds its gradients to those of the passes before, fp32.
+_SUM_BYTES = 12
 # Of a host with two sockets of eight DDR5 channels each, about half of what they could.
 _HOST_BANDWIDTH = 300e9
 # Blocks of a sharded model that are whole at once: the one at work and the next.
@@ -202,16 +207,22 @@ def _loss(shape: Shape, config: RunConfig, *, tokens: int, width: int) -> dict[s
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """Seconds of one optimizer step, by what takes them, and its tokens over all GPUs."""
+    """Seconds of one optimizer step, by what takes them, and its tokens over all GPUs.
+
+    Attributes:
+        host_sums: offloaded gradients of one pass added to those before; the GPU waits for it.
+    """
 
     arithmetic: float
     traffic: float
+    host_sums: float
     optimizer: float
     tokens: int
 
     @property
     def tokens_per_s(self) -> float:
-        return self.tokens / (max(self.arithmetic, self.traffic) + self.optimizer)
+        seconds = max(self.arithmetic, self.traffic) + self.host_sums + self.optimizer
+        return self.tokens / seconds
 
 
 def flops_per_token(shape: Shape, config: RunConfig, *, context: int) -> int:
@@ -245,13 +256,19 @@ def speed(
     else:
         # A ring's all-reduce moves everything twice.
         traffic = 2 * 4 * shape.parameters * others / gpu.link
-    pace = gpu.bandwidth
+    held = shape.parameters / shards
+    host_sums, optimizer = 0.0, _OPTIMIZER_BYTES * held / gpu.bandwidth
     if config.offload:
-        traffic = max(traffic, passes * used / shards / gpu.host_link)
         pace = _HOST_BANDWIDTH / processes
+        traffic = max(traffic, passes * used / shards / gpu.host_link)
+        host_sums, optimizer = (
+            bytes_each * held / pace
+            for bytes_each in (_SUM_BYTES * (passes - 1), _HOST_OPTIMIZER_BYTES)
+        )
     return Speed(
         arithmetic=tokens * flops_per_token(shape, config, context=context) / (mfu * gpu.flops),
         traffic=traffic,
-        optimizer=_OPTIMIZER_BYTES * shape.parameters / shards / pace,
+        host_sums=host_sums,
+        optimizer=optimizer,
         tokens=tokens * processes,
     )

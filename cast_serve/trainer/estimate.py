@@ -108,6 +108,7 @@ def main(arguments: Sequence[str]) -> int:
         "seconds_a_step": {
             "arithmetic": pace.arithmetic,
             "traffic": pace.traffic,
+            "host_sums": pace.host_sums,
             "optimizer": pace.optimizer,
         },
         "tokens_per_s": pace.tokens_per_s,

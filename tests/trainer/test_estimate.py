@@ -125,6 +125,22 @@ def test_speed_is_arithmetic_at_the_share_of_the_peak(make_config, tiny_models):
     assert found.traffic == 0
 
 
+def test_offloading_takes_time_of_the_host(make_config, tiny_models):
+    """The optimizer once a step, sums of gradients once a pass but the first."""
+
+    def of(passes: int, **changes):
+        config = make_config(parallel="fsdp", gradient_accumulation=passes, **changes)
+        shape = Shape.of(tiny_models["llama"](), config)
+        return speed(shape, config, GPUS["h100"], context=32, processes=2, mfu=0.5)
+
+    one, three = of(1, offload=True), of(3, offload=True)
+    assert of(3).host_sums == one.host_sums == 0
+    assert three.host_sums > 0
+    assert three.optimizer == one.optimizer > 5 * of(1).optimizer
+    waits = three.tokens / three.tokens_per_s - max(three.arithmetic, three.traffic)
+    assert waits == pytest.approx(three.host_sums + three.optimizer)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

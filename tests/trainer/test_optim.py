@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from cast_serve.trainer import adams_rule
 from cast_serve.trainer.config import Pattern
 from cast_serve.trainer.optim import AdamS
 
@@ -97,6 +98,22 @@ def test_step_against_transcription(problem, nm, input_dim):
     take_steps(optimizer, weight, turn(gradients))
     torch.testing.assert_close(turn(weight.detach()), torch.tensor(expected, dtype=torch.float64))
     assert turn(optimizer.state[weight]["mask"]).tolist() == masks
+
+
+@pytest.mark.parametrize("input_dim", [0, 1, None])
+def test_step_of_a_large_weight(monkeypatch, input_dim):
+    """Slices of rows on a CPU, the last one shorter: as in one piece."""
+    generator = torch.Generator().manual_seed(2)
+    start = torch.randn(100, 64, generator=generator)
+    gradients = torch.randn(4, 100, 64, generator=generator)
+    found = []
+    for largest in (100 * 64, 24 * 64):
+        monkeypatch.setattr(adams_rule, "_SLICE", largest)
+        weight = torch.nn.Parameter(start.clone())
+        optimizer = adams(weight, Pattern(kept=2, group=4), input_dim=input_dim, steps=4)
+        take_steps(optimizer, weight, gradients)
+        found.append((weight.detach(), optimizer.state[weight]["nu"]))
+    torch.testing.assert_close(found[0], found[1])
 
 
 def test_step_masks_change_in_transcription(problem):
