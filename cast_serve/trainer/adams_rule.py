@@ -15,7 +15,6 @@ import torch
 from cast_serve.trainer.config import Pattern
 from cast_serve.trainer.masks import weight_mask
 
-
 # Of a slice: its values and a few temporaries stay in caches.
 _SLICE = 2**18
 
