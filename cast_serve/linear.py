@@ -295,6 +295,8 @@ class CastLinearMethod(LinearMethodBase):
             self._refuse(part_id, "a weight is NaN or infinite")
         if stored is Format.TRAINING:
             scale = part.get("cast_scale")
+            if scale is not None:
+                scale = scale.to(self.device)
             return prune_fold_pack(weight, scale, self.dtype)
         try:
             return pack(weight)

@@ -7,6 +7,7 @@ Memory   What was yielded and one dense layer: each layer is read, packed and le
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -31,6 +32,8 @@ from cast_serve.model_loaders.rounding import dequantize_rows
 # Rows go through in blocks, as packing takes about 20 bytes an entry and sorting for a mask 30.
 # Small ones: temporaries of 1 << 18 and up fragment the heap (20 to 40 MB), and are no faster.
 _BLOCK_ENTRIES = 1 << 15
+# On a device it is the launches of a block that take time.
+_DEVICE_BLOCK_ENTRIES = 1 << 24
 
 # How the reason of a linear starts that stays dense because of what its weights are.
 NOT_SPARSE = "not 2:4"
@@ -222,12 +225,12 @@ def prune_fold_pack(
     """Prune by magnitude, fold the scale in fp32, round once, pack.
 
     Args:
-        weight: [N, K], any dtype of weights.
-        scale: [N, n], column c is of block c // (K/n); None is all ones.
+        weight: [N, K], any dtype of weights, on any device.
+        scale: [N, n], column c is of block c // (K/n), where the weight is; None is all ones.
         dtype: of the values returned.
 
     Returns:
-        values [N, K/2] and bitmask uint8 [N, K/8], on the CPU.
+        values [N, K/2] and bitmask uint8 [N, K/8], on the weight's device.
     """
 
     def folded(rows: slice) -> torch.Tensor:
@@ -245,9 +248,11 @@ def _pack_blocks(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Pack what `block` makes of some rows of weight [N, K], a few rows at a time."""
     rows, columns = weight.shape
-    values = empty((rows, columns // 2), dtype)
-    bitmask = empty((rows, columns // COLUMNS_PER_BYTE), torch.uint8)
-    step = max(1, _BLOCK_ENTRIES // max(1, columns))
+    on_cpu = weight.device.type == "cpu"
+    make = empty if on_cpu else partial(torch.empty, device=weight.device)
+    values = make((rows, columns // 2), dtype=dtype)
+    bitmask = make((rows, columns // COLUMNS_PER_BYTE), dtype=torch.uint8)
+    step = max(1, (_BLOCK_ENTRIES if on_cpu else _DEVICE_BLOCK_ENTRIES) // max(1, columns))
     try:
         for start in range(0, rows, step):
             some = slice(start, start + step)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from cast_serve.server.family import family_of, kill_family, left_running
@@ -23,7 +24,7 @@ def start(command: Sequence[str], **streams: Any) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, *command],
         start_new_session=True,
-        preexec_fn=end_with_parent,
+        preexec_fn=partial(end_with_parent, os.getpid()),
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
         **streams,
     )

@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 
 import psutil
+from vllm import envs
 from vllm.entrypoints.cli.serve import make_arg_parser
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -76,9 +77,31 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("which checkpoint? Give --model DIR")
     if args.max_request_bytes < 1:
         parser.error(f"--max-request-bytes {args.max_request_bytes}: at least 1")
+    _require_own_front_end(args, parser)
     if current_platform.is_cpu() and not _sizes_cache(args, parser):
-        args.kv_cache_memory_bytes = min(CPU_CACHE_BYTES, psutil.virtual_memory().available // 4)
+        share = psutil.virtual_memory().available // 4
+        args.kv_cache_memory_bytes = min(CPU_CACHE_BYTES, share // _ranks_here(args))
     return args
+
+
+def _require_own_front_end(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Refuse vLLM's other front ends: they know nothing of key, limits, drain and readiness."""
+    for asked, name in (
+        (getattr(args, "grpc", False), "--grpc"),
+        (getattr(envs, "VLLM_USE_RUST_FRONTEND", False), "VLLM_USE_RUST_FRONTEND"),
+    ):
+        if asked:
+            parser.error(
+                f"{name}: the API key, size limits, draining and readiness are of the HTTP server "
+                "in Python; leave it out, or use `vllm serve`, which serves the checkpoint too"
+            )
+
+
+def _ranks_here(args: argparse.Namespace) -> int:
+    """Engine processes of this machine, each of which has a KV cache."""
+    replicas = getattr(args, "data_parallel_size_local", None) or args.data_parallel_size
+    here: int = args.tensor_parallel_size * args.pipeline_parallel_size * replicas
+    return max(1, here // (getattr(args, "nnodes", None) or 1))
 
 
 def _sizes_cache(args: argparse.Namespace, parser: argparse.ArgumentParser) -> bool:

@@ -18,6 +18,8 @@ from cast_serve.server.parent import adopt_orphans
 
 # The number of a pipe into which serve.py writes a byte once it serves.
 READY_FD = "CAST_SERVE_READY_FD"
+# The pid of this process, for serve.py.
+PARENT = "CAST_SERVE_PARENT"
 
 # How long what a server has left behind may take to end by itself. Python's resource trackers do in
 # milliseconds, and first remove the shared memory that nobody has.
@@ -37,7 +39,8 @@ def main() -> None:
     A server that ends without having been told to is an error.
 
     Ctrl-C and SIGTERM drain the requests in flight (--shutdown-timeout says how long); a second
-    one, or one before the server is up, ends at once.
+    one, or one before the server is up, ends at once; --check-only then exits with 128 + signal,
+    as nothing was found out.
     """
     if "--version" in sys.argv[1:]:
         _print_versions()
@@ -45,24 +48,28 @@ def main() -> None:
     adopt_orphans()
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
-    server = subprocess.Popen(
-        [sys.executable, "-m", "cast_serve.server.serve", *sys.argv[1:]],
-        env={**os.environ, READY_FD: str(writer)},
-        pass_fds=(writer,),
-        start_new_session=True,
-    )
-    os.close(writer)
+    server: subprocess.Popen | None = None
     stopping = False
 
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal stopping
-        if stopping or not _is_serving(reader):
-            end_now(server.pid)
+        if server is None or stopping or not _is_serving(reader):
+            # A server that is only just being started ends by itself without its parent.
+            status = 128 + number if "--check-only" in sys.argv[1:] else 0
+            end_now(None if server is None else server.pid, status)
         stopping = True
         server.terminate()
 
+    # Before the server is started: by default a signal ends this process alone.
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
+    server = subprocess.Popen(
+        [sys.executable, "-m", "cast_serve.server.serve", *sys.argv[1:]],
+        env={**os.environ, READY_FD: str(writer), PARENT: str(os.getpid())},
+        pass_fds=(writer,),
+        start_new_session=True,
+    )
+    os.close(writer)
     status = server.wait()
     if status == ENDED:
         status = 0 if stopping else fail("the server ended by itself; the log above says why")
@@ -102,10 +109,11 @@ def _is_serving(reader: int) -> bool:
         return False
 
 
-def end_now(server: int) -> NoReturn:
-    """Exit with status 0 and take every process of the server along."""
-    kill_family(server, family_of(server))
-    os._exit(0)
+def end_now(server: int | None, status: int = 0) -> NoReturn:
+    """Exit and take every process of the server along."""
+    if server is not None:
+        kill_family(server, family_of(server))
+    os._exit(status)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,19 @@
 """Who ends with whom: what a process asks Linux for its parent's sake, and for its children's."""
 
 import ctypes
+import os
 import signal
 
 
-def end_with_parent() -> None:
+def end_with_parent(parent: int) -> None:
     """Ask Linux for SIGTERM should this process's parent be killed: prctl(2), PR_SET_PDEATHSIG.
 
-    In the child, before it holds anything.
+    In the child, before it holds anything. Exits where the parent, the process `parent`, is gone
+    already: Linux tells nobody of a death before the asking.
     """
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def adopt_orphans() -> None:

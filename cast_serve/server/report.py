@@ -1,5 +1,6 @@
 """The start-up report: what the headers of a checkpoint say will be served, and how."""
 
+import argparse
 from pathlib import Path
 
 from rich.console import Console
@@ -13,6 +14,11 @@ from cast_serve.model_loaders.formats import QUANT_METHOD
 from cast_serve.model_loaders.summary import Summary, summarise
 
 UNPACKED = "unpacked while loading, then run dense by vLLM"
+# Values of --load-format by which vLLM reads config.json and *.safetensors.
+CHECKED_LOAD_FORMATS = frozenset(
+    {"auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer"}
+)
+
 PACKED = "packed where a 2:4 kernel runs their shape, else dense; the log says which"
 
 
@@ -40,6 +46,15 @@ def report(model: str, quantization: str | None, cache_bytes: int | None) -> Non
         size = f"{cache_bytes / 2**30:.1f} GiB"
         table.add_row("KV cache", f"{size} on each rank; --kv-cache-memory-bytes changes it")
     console.print(table)
+
+
+def why_unchecked(args: argparse.Namespace) -> str | None:
+    """Why `report` would not speak of what vLLM loads by `args`; None if it would."""
+    if args.load_format not in CHECKED_LOAD_FORMATS:
+        return f"--load-format {args.load_format} does not read config.json and *.safetensors alone"
+    if isinstance(args.hf_overrides, dict) and "quantization_config" in args.hf_overrides:
+        return "--hf-overrides has another quantization_config than its config.json"
+    return None
 
 
 def outlook_of_sparse(forced: ForcedKernel | None, *, on_gpu: bool) -> str:

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import yaml
 
-from cast_serve.server.main import ENDED, WRONG_USAGE, fail
+from cast_serve.server.main import ENDED, PARENT, WRONG_USAGE, fail
 from cast_serve.server.parent import end_with_parent
 
 # What vLLM raises when an engine cannot start or an argument does not fit the model.
 ENGINE_ERRORS = (RuntimeError, ValueError, OSError, AssertionError, NotImplementedError, KeyError)
+
+# What its set-up of logs raises of a file that cannot be read, or is none of logging.config.
+LOGGING_ERRORS = (RuntimeError, OSError, ValueError, TypeError, AttributeError)
 
 # What its parser raises of a --config that cannot be read; AttributeError of one that is a list, or
 # empty. All else that is wrong with the command line is SystemExit.
@@ -21,7 +24,8 @@ CONFIG_ERRORS = (OSError, ValueError, AssertionError, AttributeError, yaml.YAMLE
 
 def main() -> None:
     """Process entry; main.py starts it."""
-    end_with_parent()
+    if parent := os.environ.pop(PARENT, ""):
+        end_with_parent(int(parent))
     # As vLLM's own console script does: fork would copy a started accelerator runtime.
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     sys.exit(_run())
@@ -42,7 +46,7 @@ def _run() -> int:
     from cast_serve.layer_plan import forced_on_cpu
     from cast_serve.model_loaders.errors import CheckpointError
     from cast_serve.server.arguments import parse
-    from cast_serve.server.report import report
+    from cast_serve.server.report import report, why_unchecked
 
     if current_platform.is_cpu():
         # vLLM 0.32 saves what it compiled for a CPU in a form that it fails to load, so it compiles
@@ -62,13 +66,21 @@ def _run() -> int:
             f"--config takes one YAML file of lines `flag: value`: {_said(error)}", WRONG_USAGE
         )
     try:
-        if args.load_format != "dummy":
+        _configure_logging(args)
+    except LOGGING_ERRORS as error:
+        return fail(f"the configuration of logs: {_said(error)}", WRONG_USAGE)
+    unchecked = why_unchecked(args)
+    try:
+        if unchecked is None:
             report(args.model, args.quantization, args.kv_cache_memory_bytes)
+        elif not args.check_only:
+            print(f"cast-serve: {args.model} is checked on loading: {unchecked}", file=sys.stderr)
     except CheckpointError as error:
         return fail(str(error))
     if args.check_only:
-        found = Path(args.model).is_dir()
-        return 0 if found else fail(f"{args.model}: no such folder, so nothing was checked")
+        if unchecked is None and not Path(args.model).is_dir():
+            unchecked = "no such folder"
+        return fail(f"{args.model}: {unchecked}, so nothing was checked") if unchecked else 0
     try:
         _validate(args)
     except (ValueError, TypeError, KeyError, OSError) as error:
@@ -85,6 +97,15 @@ def _said(error: BaseException) -> str:
     # str of a KeyError is the repr of what it says.
     words = error.args[0] if isinstance(error, KeyError) and error.args else error
     return " ".join(str(words).split())
+
+
+def _configure_logging(args: argparse.Namespace) -> None:
+    """As `vllm serve` does once its arguments are parsed."""
+    import vllm.logger
+
+    # Older versions have configured logs by then, from the environment.
+    if configure := getattr(vllm.logger, "configure_logging_from_args", None):
+        configure(args)
 
 
 def _validate(args: argparse.Namespace) -> None:

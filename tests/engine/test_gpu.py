@@ -154,6 +154,15 @@ def test_formats(answers_alike, dense, tmp_path):
     answers_alike(tmp_path / "bitmask", **COMPILED)
 
 
+def test_training(gpu_engine, dense, tmp_path):
+    """Pruned and its scales folded in on the GPU, as `cast-model convert` does on a CPU."""
+    tiny_models.write_training(dense, tmp_path / "training")
+    convert(tmp_path / "training", tmp_path / "folded", to="dense")
+    tiny_models.drop_quantization(tmp_path / "folded")
+    expected = gpu_engine(tmp_path / "folded", **COMPILED)
+    gpu_engine(tmp_path / "training", **COMPILED).assert_close(expected)
+
+
 @pytest.mark.parametrize("kernel", ["mma_sp", "cusparselt"])
 def test_forced_kernels(tmp_path_factory, stock, kernel):
     log = tmp_path_factory.mktemp(kernel) / "stderr"

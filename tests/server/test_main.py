@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -52,7 +52,56 @@ kill -9 $$
 """
 
 # What runs in the place of Python, and with it of the server.
-MAIN = "import sys; sys.executable = sys.argv[1]; from cast_serve.server.main import main; main()"
+MAIN = """import sys; from cast_serve.server.main import main
+sys.executable = sys.argv.pop(1); main()"""
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Callable[..., subprocess.Popen]:
+    """Starts the command with a script in the place of its server, once that has said "up"."""
+
+    def start(script: str, *flags: str) -> subprocess.Popen:
+        (tmp_path / "python").write_text(script)
+        (tmp_path / "python").chmod(0o755)
+        command = [sys.executable, "-c", MAIN, str(tmp_path / "python"), *flags]
+        running = subprocess.Popen(command, stdout=subprocess.PIPE)
+        assert running.stdout is not None
+        assert running.stdout.readline() == b"up\n"
+        return running
+
+    return start
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("flags", "ended"), [([], False), (["--check-only"], True)])
+def test_status_of_what_is_stopped_before_it_serves(command, number, flags, ended):
+    """0, but of a check: a script would take it for passed."""
+    running = command("#!/bin/sh\necho up\nexec sleep 300\n", *flags)
+    running.send_signal(number)
+    assert running.wait(timeout=30) == (128 + number if ended else 0)
+
+
+def test_child_whose_parent_was_killed_at_once_ends(tmp_path):
+    """A process of Python takes a while before it can ask for the death of its parent."""
+    late = (
+        "import os, sys, time; parent = os.getppid(); print('up', flush=True)\n"
+        "from cast_serve.server.parent import end_with_parent\n"
+        "while os.getppid() == parent: time.sleep(0.01)\n"
+        "end_with_parent(parent); time.sleep(300)"
+    )
+    parent = (
+        "import os, subprocess, sys; child = subprocess.Popen([sys.executable, '-c', sys.argv[1]])\n"
+        "print(child.pid, flush=True); child.wait()"
+    )
+    running = subprocess.Popen(
+        [sys.executable, "-c", parent, late], stdout=subprocess.PIPE, text=True
+    )
+    assert running.stdout is not None
+    child = psutil.Process(int(running.stdout.readline()))
+    assert running.stdout.readline() == "up\n"
+    running.kill()
+    running.wait(timeout=30)
+    assert left_running([child], seconds=10) == []
 
 
 def test_nothing_stays_of_a_server_that_is_killed(tmp_path: Path):

@@ -7,11 +7,14 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from torch import OutOfMemoryError
+from vllm.platforms import current_platform
 
 from cast_serve.server import load_failure, serve
+from cast_serve.server.arguments import parse
 from cast_serve.server.main import WRONG_USAGE
 
 EXAMPLE = str(Path(__file__).parents[2] / "examples" / "tiny-llama-2of4")
@@ -19,16 +22,17 @@ EXAMPLE = str(Path(__file__).parents[2] / "examples" / "tiny-llama-2of4")
 
 @pytest.fixture(autouse=True)
 def environment():
-    """As it was, after what serve.py sets for its children; the plugin takes the logger over."""
+    """As it was, after what serve.py sets for its children, and the loggers that it takes over."""
     before = dict(os.environ)
-    logger = logging.getLogger("cast_serve")
-    handlers, level, propagate = list(logger.handlers), logger.level, logger.propagate
+    loggers = [logging.getLogger(name) for name in ("cast_serve", "vllm")]
+    states = [(list(logger.handlers), logger.level, logger.propagate) for logger in loggers]
     yield
     os.environ.clear()
     os.environ.update(before)
-    logger.handlers = handlers
-    logger.setLevel(level)
-    logger.propagate = propagate
+    for logger, (handlers, level, propagate) in zip(loggers, states, strict=True):
+        logger.handlers = handlers
+        logger.setLevel(level)
+        logger.propagate = propagate
 
 
 @pytest.fixture
@@ -57,6 +61,8 @@ WRONG = {
     "empty": ["--config", "empty.yaml"],
     "list": ["--config", "list.yaml"],
     "other": ["--config", "other.toml"],
+    "logs": ["--log-config-file", "missing.json"],
+    "another front end": ["--grpc"],
 }
 
 
@@ -71,6 +77,55 @@ def test_wrong_usage_is_a_line(start, tmp_path, monkeypatch, name):
     assert status == WRONG_USAGE
     assert "Traceback" not in said
     assert said.splitlines()[-1].startswith("cast-serve: ")
+
+
+def test_logs_are_configured_by_the_arguments(start, monkeypatch):
+    given = []
+    monkeypatch.setattr("vllm.logger.configure_logging_from_args", given.append, raising=False)
+    assert start("--model", EXAMPLE, "--check-only", "--log-level", "ERROR")[0] == 0
+    assert [args.log_level for args in given] == ["ERROR"]
+
+
+OVERRIDES = '{"quantization_config": {"quant_method": "cast"}}'
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        (["--load-format", "dummy"], "--load-format dummy does not read config.json"),
+        (["--load-format", "mistral"], "--load-format mistral does not read config.json"),
+        (["--hf-overrides", OVERRIDES], "--hf-overrides has another quantization_config"),
+    ],
+)
+def test_check_that_would_be_of_something_else(start, flags, why):
+    status, said = start("--model", EXAMPLE, "--check-only", *flags)
+    assert status == 1
+    assert said.splitlines()[-1].startswith(f"cast-serve: {EXAMPLE}: {why}")
+    assert said.endswith(", so nothing was checked\n")
+
+
+def test_rust_front_end_is_refused(start, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    status, said = start("--model", EXAMPLE)
+    assert status == WRONG_USAGE
+    assert "VLLM_USE_RUST_FRONTEND: the API key" in said
+
+
+@pytest.mark.skipif(not current_platform.is_cpu(), reason="a GPU's cache is what is left")
+@pytest.mark.parametrize(
+    ("flags", "cache"),
+    [
+        ([], 2),
+        (["--tensor-parallel-size", "2", "--pipeline-parallel-size", "2"], 0.5),
+        (["--tensor-parallel-size", "2", "--data-parallel-size", "4"], 0.25),
+        (["--data-parallel-size", "4", "--data-parallel-size-local", "2"], 1),
+    ],
+)
+def test_cache_on_a_cpu_is_a_quarter_of_what_is_free(monkeypatch, flags, cache):
+    free = SimpleNamespace(available=8 << 30)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: free)
+    args = parse(["--model", EXAMPLE, *flags])
+    assert args.kv_cache_memory_bytes == cache * (1 << 30)
 
 
 @pytest.fixture
