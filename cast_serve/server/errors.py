@@ -17,6 +17,7 @@ import logging
 import traceback
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
+from http.client import responses
 from typing import Any
 
 from starlette.datastructures import MutableHeaders
@@ -127,13 +128,18 @@ def _worded(status: int, body: bytes) -> tuple[int, bytes]:
         message = error.get("message", "")
     else:
         detail = said.get("detail") if isinstance(said, dict) else None
-        message = str(error or detail or HTTPStatus(status).phrase)
+        message = str(error or detail or _phrase(status))
     return status, json.dumps({"error": _error(status, message)}).encode()
+
+
+def _phrase(status: int) -> str:
+    """Also of one that is not registered, as a middleware of the user may answer with."""
+    return responses.get(status, "Error")
 
 
 def _error(status: int, message: str) -> dict[str, Any]:
     """As vLLM's ErrorInfo."""
-    kind = TYPES.get(status) or HTTPStatus(status).phrase
+    kind = TYPES.get(status) or _phrase(status)
     return {"message": message, "type": kind, "param": None, "code": int(status)}
 
 

@@ -51,7 +51,7 @@ class RequireKey:
 
 def path_of(scope: Scope) -> str:
     """The path that is asked for, below --root-path."""
-    return str(scope["path"]).removeprefix(scope.get("root_path", ""))
+    return str(scope["path"]).removeprefix(scope.get("root_path", "").rstrip("/"))
 
 
 def _may_pass(scope: Scope) -> bool:

@@ -91,6 +91,12 @@ def test_any_other_body(client, body):
     assert error["message"]
 
 
+def test_status_that_is_not_registered(client):
+    answer = asked(client, 499, {"detail": "gone"})
+    assert (answer.status_code, answer.json()["error"]["message"]) == (499, "gone")
+    assert asked(client, 499, []).json()["error"]["message"] == "Error"
+
+
 def test_not_implemented_is_not_found(client):
     error = {"message": "no such API", "type": "NotImplementedError", "param": None, "code": 501}
     answer = asked(client, 501, {"error": error})

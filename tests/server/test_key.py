@@ -17,8 +17,8 @@ def client() -> TestClient:
     return serving(KEYS)
 
 
-def serving(keys: list[str] | None) -> TestClient:
-    app = FastAPI(root_path="/behind")
+def serving(keys: list[str] | None, root_path: str = "/behind") -> TestClient:
+    app = FastAPI(root_path=root_path)
     app.state.args = Namespace(api_key=keys)
     app.add_middleware(RequireKey)
 
@@ -76,6 +76,12 @@ def test_closed(client, path):
 )
 def test_open(client, path):
     assert client.get(path).is_success
+
+
+def test_root_path_that_ends_in_a_slash():
+    client = serving(KEYS, "/behind/")
+    assert client.get("/behind/health").is_success
+    assert client.get("/behind/v1/models").status_code == 401
 
 
 def test_without_a_key_all_is_open(monkeypatch):

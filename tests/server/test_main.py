@@ -84,13 +84,13 @@ def test_status_of_what_is_stopped_before_it_serves(command, number, flags, ende
 def test_child_whose_parent_was_killed_at_once_ends(tmp_path):
     """A process of Python takes a while before it can ask for the death of its parent."""
     late = (
-        "import os, sys, time; parent = os.getppid(); print('up', flush=True)\n"
+        "import os, time; parent = os.getppid(); print('up', flush=True)\n"
         "from cast_serve.server.parent import end_with_parent\n"
         "while os.getppid() == parent: time.sleep(0.01)\n"
         "end_with_parent(parent); time.sleep(300)"
     )
     parent = (
-        "import os, subprocess, sys; child = subprocess.Popen([sys.executable, '-c', sys.argv[1]])\n"
+        "import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', sys.argv[1]])\n"
         "print(child.pid, flush=True); child.wait()"
     )
     running = subprocess.Popen(
