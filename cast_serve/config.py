@@ -1,10 +1,13 @@
 """CastConfig: what a checkpoint says about its 2:4 layers, as vLLM's QuantizationConfig."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from torch.nn import Module
 from vllm import envs as vllm_envs
 from vllm.config import VllmConfig
@@ -15,20 +18,29 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizeMethodBase,
 )
 
-from cast_serve.model_loaders.checkpoint import CONFIG
+from cast_serve.model_loaders.checkpoint import CONFIG, Checkpoint
 from cast_serve.model_loaders.formats import (
+    CLASS,
     COMPRESSED_TENSORS,
+    PATTERN,
     QUANT_METHOD,
     SPARSITY,
     Format,
     Scheme,
     recognise,
 )
+from cast_serve.model_loaders.layers import find_layers
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
 
 logger = init_logger(__name__)
+
+
+# Values of --load-format by which vLLM reads config.json and *.safetensors.
+READS_CHECKPOINT = frozenset(
+    {"auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer"}
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +60,15 @@ class CastConfig(QuantizationConfig):
 
     def __init__(self, scheme: Scheme | None = None) -> None:
         super().__init__()
-        self.scheme = scheme or Scheme(format=Format.PLAIN)
-        # Where the weights lie, when that is a folder: errors then name the file.
+        self.declared = scheme or Scheme(format=Format.PLAIN)
+        # The same by the names of vLLM's modules, and how those come about.
+        self.scheme = self.declared
+        self.mapper: WeightsMapper | None = None
+        # With config.json, and unless they come from elsewhere the weights.
         self.folder: Path | None = None
+        self.headers_read = False
+        # vLLM's names of linears that the headers show to stay dense.
+        self.dense_by_headers: frozenset[str] = frozenset()
         self.warned_mixed = False
         self.warned_not_offloaded = False
         # time.monotonic() when the first layer was made, and when the latest one was loaded.
@@ -107,16 +125,57 @@ class CastConfig(QuantizationConfig):
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
-        folder = Path(model_name)
-        self.folder = folder if folder.is_dir() else None
+        self.folder = _folder_of(model_name, revision)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
         """Rename what the checkpoint ignores and targets to the names that vLLM's modules have."""
-        ignore, targets = (
-            tuple(hf_to_vllm_mapper.apply_list(list(names)))
-            for names in (self.scheme.ignore, self.scheme.targets)
+        self.mapper = hf_to_vllm_mapper
+        self.scheme = replace(
+            self.declared,
+            ignore=self._named_by_vllm(self.declared.ignore),
+            targets=self._named_by_vllm(self.declared.targets),
         )
-        self.scheme = replace(self.scheme, ignore=ignore, targets=targets)
+
+    def _named_by_vllm(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Modules by vLLM's names; classes and patterns as they are, since a mapper may prefix all.
+
+        So a pattern that the model's names do not match leaves nothing dense: `read_headers`.
+        """
+        if self.mapper is None:
+            return tuple(names)
+        found = []
+        for name in names:
+            is_module = name != CLASS and not name.startswith(PATTERN)
+            found += self.mapper.apply_list([name]) if is_module else [name]
+        return tuple(found)
+
+    def checkpoint(self) -> Checkpoint | None:
+        """The headers of what is served; None where its files are not in a folder here.
+
+        Raises:
+            CheckpointError: they are damaged, or do not fit together.
+        """
+        if self.folder is None or not any(self.folder.glob("*.safetensors")):
+            return None
+        return Checkpoint.open(self.folder)
+
+    def read_headers(self) -> None:
+        """Check once that the checkpoint is whole, when all of it has been downloaded.
+
+        vLLM does not: of a quantized model it takes what is missing for what need not be there.
+
+        Raises:
+            CheckpointError: a tensor is missing, or not as the checkpoint's format has it.
+        """
+        if self.headers_read:
+            return
+        self.headers_read = True
+        checkpoint = self.checkpoint()
+        # Another one is declared by --hf-overrides.
+        if checkpoint and recognise(checkpoint.config, checkpoint.path / CONFIG) == self.declared:
+            linears = find_layers(checkpoint).linears
+            dense = (linear.name for linear in linears if not linear.sparse)
+            self.dense_by_headers = frozenset(self._named_by_vllm(dense))
 
     def get_quant_method(self, layer: Module, prefix: str) -> Optional["QuantizeMethodBase"]:
         """CastLinearMethod for a linear with a sparse part; vLLM's own method for all else."""
@@ -168,6 +227,18 @@ class CastConfig(QuantizationConfig):
                 "with --offload-group-size or VLLM_WEIGHT_OFFLOADING_DISABLE_UVA=1; "
                 "--cpu-offload-gb alone moves them"
             )
+
+
+def _folder_of(model_name: str, revision: str | None) -> Path | None:
+    """The folder of a model, or of its snapshot in the cache of the Hugging Face hub."""
+    if (folder := Path(model_name)).is_dir():
+        return folder
+    try:
+        cached = try_to_load_from_cache(model_name, CONFIG, revision=revision)
+    except HFValidationError:
+        # No name of a model on the hub, but the URL of one.
+        return None
+    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def offloads_by_name(vllm_config: VllmConfig) -> bool:

@@ -33,19 +33,19 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.parameter import ModelWeightParameter
 from vllm.platforms import current_platform
 
-from cast_serve.config import CastConfig, Part, offloads_by_name
+from cast_serve.config import READS_CHECKPOINT, CastConfig, Part, offloads_by_name
 from cast_serve.inlets import INLETS, count, empty_inlet, loaded_into, unread
 from cast_serve.kernels.op import linear_2of4
 from cast_serve.kernels.packing import COLUMNS_PER_BYTE, PatternError, keeps_two, pack, unpack
 from cast_serve.kernels.pattern import random_mask
 from cast_serve.kernels.plan import Plan
+from cast_serve.kernels.prepare import FATAL
 from cast_serve.kernels.problem import Problem
 from cast_serve.kernels.selection import warm_ahead
 from cast_serve.kernels.weight import SparseWeight, build
 from cast_serve.layer_plan import plan_layer
-from cast_serve.model_loaders.checkpoint import Checkpoint
 from cast_serve.model_loaders.formats import Format
-from cast_serve.model_loaders.layers import find_layers
+from cast_serve.model_loaders.layers import find_layers, why_by_place
 from cast_serve.model_loaders.rounding import dequantize_rows
 from cast_serve.model_loaders.stream import load_linear, prune_fold_pack
 
@@ -77,7 +77,7 @@ class CastLinearMethod(LinearMethodBase):
         self.parts = parts
         self.sparse = all(part.sparse for part in parts)
         self.dense_linear = UnquantizedLinearMethod()
-        self.weights_are_dummies = vllm_config.load_config.load_format == "dummy"
+        self.load_format = vllm_config.load_config.load_format
         self.additional_config = vllm_config.additional_config
         self.offloaded_by_name = offloads_by_name(vllm_config)
         if self.sparse and current_platform.is_cuda():
@@ -180,13 +180,15 @@ class CastLinearMethod(LinearMethodBase):
         if self.finished:
             self._begin_reload()
         self.finished = True
+        if not self.reloading and self.load_format in READS_CHECKPOINT:
+            self.config.read_headers()
         # Training checkpoints may have no scales at all: then nothing followed the weight.
         for part_id, waiting in list(self.waiting.items()):
             if "weight" in waiting:
                 self._load(waiting, part_id)
         self.waiting.clear()
         # None of the tensors that vLLM makes up comes through a loader, and those of a reload do.
-        dummies = self.weights_are_dummies and not self.reloading
+        dummies = self.load_format == "dummy" and not self.reloading
         if dummies and self.sparse:
             # Random, as a model's: of one pattern alone, kernels would take less power.
             bitmask = self._inlet("bitmask").data
@@ -204,6 +206,8 @@ class CastLinearMethod(LinearMethodBase):
             self._check(held["compressed"], held["bitmask"])
             if not self.reloading:
                 self.plan = plan_layer(held["compressed"], self.config)
+        elif not held["weight"].isfinite().all():
+            self._refuse(None, f"a weight is NaN or infinite, or overflows {self.dtype}")
         stored = held["compressed" if self.sparse else "weight"]
         self.zeros = math.prod(self.shape) - int(stored.count_nonzero())
         if self.plan is not None:
@@ -288,6 +292,8 @@ class CastLinearMethod(LinearMethodBase):
             return packed
         if not self._is_declared_sparse(part_id, stored) or stored is Format.CT_BITMASK:
             return None
+        if self._is_left_dense(part_id):
+            return None
         if stored is Format.PLAIN and part["weight"].shape[-1] % COLUMNS_PER_BYTE:
             return None
         weight = part["weight"].to(self.device)
@@ -339,6 +345,8 @@ class CastLinearMethod(LinearMethodBase):
                 self.load_part(parameter, tensor)
             else:
                 self.load_part(parameter, tensor, part_id)
+        except FATAL:
+            raise
         except (RuntimeError, AssertionError) as error:
             names = ", ".join(part.name for part in self._named(part_id))
             raise ValueError(
@@ -355,8 +363,8 @@ class CastLinearMethod(LinearMethodBase):
         """Raise the error of the checkpoint's own reader, which names file, row and column."""
         names = {part.name for part in self._named(part_id)}
         # What is reloaded may come from anywhere.
-        if self.config.folder is not None and not self.reloading:
-            checkpoint = Checkpoint.open(self.config.folder)
+        checkpoint = None if self.reloading else self.config.checkpoint()
+        if checkpoint is not None:
             layers = find_layers(checkpoint)
             for linear in layers.linears:
                 if linear.name in names and linear.sparse:
@@ -370,6 +378,13 @@ class CastLinearMethod(LinearMethodBase):
         if isinstance(part_id, tuple):
             return tuple(self.parts[index] for index in part_id)
         return (self.parts[_QKV[part_id] if isinstance(part_id, str) else part_id],)
+
+    def _is_left_dense(self, part_id: PartId) -> bool:
+        """Whether a part that is stored dense is not to be sparse, whatever config.json says."""
+        return all(
+            why_by_place(part.name) or part.name in self.config.dense_by_headers
+            for part in self._named(part_id)
+        )
 
     def _is_declared_sparse(self, part_id: PartId, stored: Format) -> bool:
         return self.config.scheme.format is stored and all(

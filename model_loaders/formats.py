@@ -15,6 +15,9 @@ COMPRESSED_TENSORS = "compressed-tensors"
 SPARSITY = "2:4"
 VERSION = 1
 
+# Among names of modules: a regular expression, and the class of all linears.
+PATTERN, CLASS = "re:", "Linear"
+
 
 class Format(StrEnum):
     """How the sparse linears are stored."""
@@ -57,13 +60,13 @@ class Scheme:
 
     format: Format
     ignore: tuple[str, ...] = ()
-    targets: tuple[str, ...] = ("Linear",)
+    targets: tuple[str, ...] = (CLASS,)
 
     def why_left_out(self, module: str) -> str | None:
         """Why linear `module` stays dense by the words of the config; None if it does not."""
         for pattern in self.ignore:
             if _matches(pattern, module):
-                return f"in ignore ({pattern})" if pattern.startswith("re:") else "in ignore"
+                return f"in ignore ({pattern})" if pattern.startswith(PATTERN) else "in ignore"
         if not any(_matches(pattern, module) for pattern in self.targets):
             return "not in targets"
         return None
@@ -93,7 +96,7 @@ def recognise(config: dict[str, Any], file: Path) -> Scheme:
     raise CheckpointError(
         file,
         f"quant_method {declared.get('quant_method')!r} is not read; "
-        f'only "{QUANT_METHOD}" and 2:4 "{COMPRESSED_TENSORS}" are',
+        f'only "{QUANT_METHOD}" and 2:4 "{COMPRESSED_TENSORS}" are; serve it with `vllm serve`',
     )
 
 
@@ -121,7 +124,9 @@ def _ours(declared: dict[str, Any], file: Path) -> Scheme:
         )
     if sparsity != SPARSITY:
         raise CheckpointError(
-            file, f'quantization_config sparsity {sparsity!r} cannot be served; only "2:4" can'
+            file,
+            f'quantization_config sparsity {sparsity!r} cannot be served; only "2:4" can: '
+            "train or prune with --pattern 2:4",
         )
     return Scheme(format=_OURS[stored], ignore=_names(declared, "ignore", file))
 
@@ -137,7 +142,9 @@ def _compressed_tensors(declared: dict[str, Any], file: Path) -> Scheme:
     structure, stored = sparsity.get("sparsity_structure"), sparsity.get("format")
     if structure != SPARSITY:
         raise CheckpointError(
-            file, f'sparsity_structure {structure!r} cannot be served; only "2:4" can'
+            file,
+            f'sparsity_structure {structure!r} cannot be served; only "2:4" can: '
+            "decompress it and serve it dense with `vllm serve`",
         )
     if not isinstance(stored, str) or stored not in _SPARSITY_FORMATS:
         raise CheckpointError(
@@ -146,9 +153,11 @@ def _compressed_tensors(declared: dict[str, Any], file: Path) -> Scheme:
         )
     if reason := _why_quantized(declared):
         raise CheckpointError(
-            file, f"is 2:4 and quantized as well ({reason}); only unquantized 2:4 is read"
+            file,
+            f"is 2:4 and quantized as well ({reason}); only unquantized 2:4 is read, "
+            "which `cast-model quantize` turns into 8 bits",
         )
-    targets = _names(sparsity, "targets", file) or ("Linear",)
+    targets = _names(sparsity, "targets", file) or (CLASS,)
     ignore = _names(sparsity, "ignore", file)
     return Scheme(format=_SPARSITY_FORMATS[stored], ignore=ignore, targets=targets)
 
@@ -175,9 +184,9 @@ def _names(declared: dict[str, Any], key: str, file: Path) -> tuple[str, ...]:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise CheckpointError(file, f"{key} {names!r} is not a list of module names")
     for name in names:
-        if name.startswith("re:"):
+        if name.startswith(PATTERN):
             try:
-                re.compile(name.removeprefix("re:"))
+                re.compile(name.removeprefix(PATTERN))
             except re.error as error:
                 raise CheckpointError(
                     file, f"{key} has the pattern {name!r}, which is no regular expression: {error}"
@@ -187,6 +196,6 @@ def _names(declared: dict[str, Any], key: str, file: Path) -> tuple[str, ...]:
 
 def _matches(pattern: str, module: str) -> bool:
     """As compressed-tensors matches: `re:` from the start of the name, else name or class."""
-    if pattern.startswith("re:"):
-        return re.match(pattern.removeprefix("re:"), module) is not None
-    return pattern in (module, "Linear")
+    if pattern.startswith(PATTERN):
+        return re.match(pattern.removeprefix(PATTERN), module) is not None
+    return pattern in (module, CLASS)

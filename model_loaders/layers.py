@@ -104,6 +104,15 @@ def is_transposed(model_type: object, module: str) -> bool:
     return model_type == "gpt2" and module.rpartition(".")[2] in _CONV1D
 
 
+def why_by_place(module: str) -> str | None:
+    """Why linear `module` stays dense by where it is in the model, unless it is stored packed."""
+    if not _LAYER_NUMBER.search(module):
+        return "outside the layers"
+    if ".experts." in module:
+        return MOE_EXPERT
+    return "MoE router" if module.rpartition(".")[2] in _ROUTERS else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Finder:
     checkpoint: Checkpoint
@@ -211,13 +220,7 @@ class _Finder:
 
     def _why_dense(self, module: str, weight: TensorEntry, shape: tuple[int, ...]) -> str | None:
         """Why `module` stays dense; raises where its format says that it must not."""
-        if not _LAYER_NUMBER.search(module):
-            return "outside the layers"
-        if ".experts." in module:
-            return MOE_EXPERT
-        if module.rpartition(".")[2] in _ROUTERS:
-            return "MoE router"
-        if why := self.scheme.why_left_out(module):
+        if why := why_by_place(module) or self.scheme.why_left_out(module):
             return why
         if self.scheme.format is Format.CT_BITMASK:
             return "stored dense"

@@ -1,9 +1,11 @@
 """CastLinearMethod without an engine: what a loaded layer holds, and what vLLM's caches know."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from layers import random_packed
-from torch.nn import Module
+from torch.nn import Module, Parameter
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.config.offload import OffloadConfig
 
@@ -20,8 +22,10 @@ def made(
     vllm_config: VllmConfig,
     stored: Format = Format.PACKED,
     *,
-    prefix: str = "block.linear",
+    prefix: str = "layers.0.linear",
     columns: int = K,
+    dtype: torch.dtype = torch.float32,
+    weight_loader: Callable[[Parameter, torch.Tensor], object] | None = None,
 ) -> tuple[CastLinearMethod, Module]:
     """A layer of which nothing has arrived."""
     layer = Module()
@@ -29,8 +33,8 @@ def made(
         part = Part(name=prefix, sparse=True)
         method = CastLinearMethod(CastConfig(Scheme(format=stored)), prefix, (part,))
         method.create_weights(
-            *(layer, columns, [N], columns, N, torch.float32),
-            weight_loader=lambda parameter, tensor: parameter.data.copy_(tensor),
+            *(layer, columns, [N], columns, N, dtype),
+            weight_loader=weight_loader or (lambda into, tensor: into.data.copy_(tensor)),
         )
     return method, layer
 
@@ -41,13 +45,22 @@ def receive(layer: Module, **tensors: torch.Tensor) -> None:
         parameter.weight_loader(parameter, tensor)
 
 
-def load(vllm_config: VllmConfig, prefix: str = "block.linear") -> tuple[CastLinearMethod, Module]:
+def load(
+    vllm_config: VllmConfig, prefix: str = "layers.0.linear"
+) -> tuple[CastLinearMethod, Module]:
     """A layer of which the whole weight has arrived, packed."""
     method, layer = made(vllm_config, prefix=prefix)
     values, mask = random_packed(N, K, torch.float32, "cpu")
     receive(layer, compressed=values, bitmask=mask)
     method.process_weights_after_loading(layer)
     return method, layer
+
+
+def assert_is_dense(method: CastLinearMethod, layer: Module, weight: torch.Tensor) -> None:
+    assert not method.sparse
+    # Not by what it holds: vLLM keeps a layout of its own on a CPU.
+    x = torch.randn(3, weight.shape[1])
+    torch.testing.assert_close(method.apply(layer, x), torch.nn.functional.linear(x, weight))
 
 
 def test_sparse_layer(vllm_config, monkeypatch):
@@ -85,7 +98,7 @@ def test_compiled_models_are_kept_apart_by_plan(vllm_config, monkeypatch):
     monkeypatch.setenv("CAST_SERVE_KERNEL", "reference")
     load(vllm_config)
     one_sparse = vllm_config.compute_hash()
-    load(vllm_config, "block.other")
+    load(vllm_config, "layers.0.other")
     assert len({plain, one_sparse, vllm_config.compute_hash()}) == 3
 
 
@@ -95,9 +108,47 @@ def test_plain_layer_whose_width_no_bitmask_byte_divides(vllm_config):
     weight = torch.randn(N, 60)
     receive(layer, weight=weight)
     method.process_weights_after_loading(layer)
-    assert not method.sparse
-    x = torch.randn(3, 60)
-    torch.testing.assert_close(method.apply(layer, x), torch.nn.functional.linear(x, weight))
+    assert_is_dense(method, layer, weight)
+
+
+def test_dense_weight_that_overflows_the_dtype(vllm_config):
+    """Of a layer that turns out not to be 2:4: vLLM would serve infinity."""
+    method, layer = made(vllm_config, Format.PLAIN, dtype=torch.float16)
+    receive(layer, weight=torch.full((N, K), 1e6))
+    with pytest.raises(ValueError, match=r"layers.0.linear: .*overflows torch.float16"):
+        method.process_weights_after_loading(layer)
+
+
+@pytest.mark.parametrize("prefix", ["projector.linear_1", "model.layers.0.mlp.gate"])
+@pytest.mark.parametrize("stored", [Format.DENSE, Format.TRAINING, Format.PACKED])
+def test_what_no_checkpoint_has_sparse_stays_dense(vllm_config, stored, prefix):
+    """As `cast-model check` has it, in `ignore` or not."""
+    method, layer = made(vllm_config, stored, prefix=prefix)
+    weight = torch.randn(N, K)
+    receive(layer, weight=weight)
+    method.process_weights_after_loading(layer)
+    assert_is_dense(method, layer, weight)
+
+
+def test_training_weight_that_the_headers_show_to_be_dense(vllm_config):
+    """By a pattern of the checkpoint's names, which are not vLLM's."""
+    name = "visual.blocks.0.attn.qkv"
+    method, layer = made(vllm_config, Format.TRAINING, prefix=name)
+    weight = torch.randn(N, K)
+    receive(layer, weight=weight)
+    method.config.dense_by_headers = frozenset([name])
+    method.process_weights_after_loading(layer)
+    assert_is_dense(method, layer, weight)
+
+
+def test_want_of_memory_is_not_blamed_on_shapes(vllm_config):
+    def load_part(into: Parameter, tensor: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    _, layer = made(vllm_config, weight_loader=load_part)
+    values, mask = random_packed(N, K, torch.float32, "cpu")
+    with pytest.raises(torch.OutOfMemoryError):
+        receive(layer, compressed=values, bitmask=mask)
 
 
 def test_nothing_of_the_checkpoint_is_kept(vllm_config):

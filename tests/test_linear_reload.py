@@ -21,6 +21,8 @@ from cast_serve.model_loaders.formats import Format, Scheme
 from cast_serve.model_loaders.rounding import dequantize_rows, quantize_rows
 
 N, K = 32, 64
+# Of a linear inside of a decoder layer.
+NAME = "layers.0.linear"
 Tensors = dict[str, torch.Tensor]
 
 
@@ -67,8 +69,8 @@ class Model(Module):
         super().__init__()
         self.vllm_config = vllm_config
         self.linear = Linear()
-        part = Part(name="linear", sparse=True)
-        method = CastLinearMethod(CastConfig(Scheme(format=form)), "linear", (part,))
+        part = Part(name=NAME, sparse=True)
+        method = CastLinearMethod(CastConfig(Scheme(format=form)), NAME, (part,))
         method.create_weights(
             *(self.linear, K, [N], K, N, torch.float32),
             weight_loader=self.linear.load,
@@ -165,7 +167,7 @@ def test_dense_weights_of_a_layer_that_runs_packed(vllm_config, packed):
     with pytest.raises(ValueError) as raised:
         model.reload({"weight": torch.randn(N, K)})
     assert str(raised.value) == (
-        "linear: not 2:4 in the weights that are reloaded, and linear runs packed; "
+        f"{NAME}: not 2:4 in the weights that are reloaded, and {NAME} runs packed; "
         "start a server with them instead"
     )
 

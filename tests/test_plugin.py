@@ -96,3 +96,15 @@ def test_names_are_those_of_the_modules_that_vllm_makes():
         config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.lm.": "language."}))
         found = {name: config.parts(f"language.{name}")[0].sparse for name in ("q_proj", "k_proj")}
         assert found == {"q_proj": sparse, "k_proj": False}, targets
+
+
+def test_mapper_that_prefixes_all_leaves_classes_and_patterns():
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    from cast_serve.config import CastConfig
+
+    sparsity = {"sparsity_structure": "2:4", "format": "dense", "ignore": ["re:.*k_proj"]}
+    config = CastConfig.from_config(compressed_tensors(**sparsity, targets=["Linear"]))
+    config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"": "model."}))
+    assert config.parts("model.layers.0.q_proj")[0].sparse
+    assert not config.parts("model.layers.0.k_proj")[0].sparse

@@ -11,7 +11,7 @@ import os
 import socket
 import traceback
 
-from torch import OutOfMemoryError
+from torch import AcceleratorError, OutOfMemoryError
 
 # The name, in Linux's abstract namespace, of the socket on which serve.py listens.
 SOCKET = "CAST_SERVE_LOAD_FAILURE"
@@ -65,7 +65,7 @@ class _Teller(logging.Filter):
 
 
 def _is_of_weights(failure: BaseException) -> bool:
-    if isinstance(failure, OutOfMemoryError):
+    if isinstance(failure, OutOfMemoryError | AcceleratorError):
         return False
     frames = (frame for frame, _ in traceback.walk_tb(failure.__traceback__))
     return any(frame.f_code.co_name in LOADING for frame in frames)

@@ -8,17 +8,13 @@ from rich.markup import escape
 from rich.table import Table
 from vllm.platforms import current_platform
 
+from cast_serve.config import READS_CHECKPOINT
 from cast_serve.envs import ForcedKernel, forced_kernel
 from cast_serve.model_loaders.checkpoint import Checkpoint
 from cast_serve.model_loaders.formats import QUANT_METHOD
 from cast_serve.model_loaders.summary import Summary, summarise
 
 UNPACKED = "unpacked while loading, then run dense by vLLM"
-# Values of --load-format by which vLLM reads config.json and *.safetensors.
-CHECKED_LOAD_FORMATS = frozenset(
-    {"auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer"}
-)
-
 PACKED = "packed where a 2:4 kernel runs their shape, else dense; the log says which"
 
 
@@ -50,7 +46,7 @@ def report(model: str, quantization: str | None, cache_bytes: int | None) -> Non
 
 def why_unchecked(args: argparse.Namespace) -> str | None:
     """Why `report` would not speak of what vLLM loads by `args`; None if it would."""
-    if args.load_format not in CHECKED_LOAD_FORMATS:
+    if args.load_format not in READS_CHECKPOINT:
         return f"--load-format {args.load_format} does not read config.json and *.safetensors alone"
     if isinstance(args.hf_overrides, dict) and "quantization_config" in args.hf_overrides:
         return "--hf-overrides has another quantization_config than its config.json"

@@ -74,7 +74,10 @@ def _run() -> int:
         if unchecked is None:
             report(args.model, args.quantization, args.kv_cache_memory_bytes)
         elif not args.check_only:
-            print(f"cast-serve: {args.model} is checked on loading: {unchecked}", file=sys.stderr)
+            print(
+                f"cast-serve: {args.model} is not checked before it is loaded: {unchecked}",
+                file=sys.stderr,
+            )
     except CheckpointError as error:
         return fail(str(error))
     if args.check_only:
