@@ -18,7 +18,7 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizeMethodBase,
 )
 
-from cast_serve.model_loaders.checkpoint import CONFIG, Checkpoint
+from cast_serve.model_loaders.checkpoint import CONFIG, WEIGHTS, Checkpoint
 from cast_serve.model_loaders.formats import (
     CLASS,
     COMPRESSED_TENSORS,
@@ -139,7 +139,8 @@ class CastConfig(QuantizationConfig):
     def _named_by_vllm(self, names: Iterable[str]) -> tuple[str, ...]:
         """Modules by vLLM's names; classes and patterns as they are, since a mapper may prefix all.
 
-        So a pattern that the model's names do not match leaves nothing dense: `read_headers`.
+        A pattern that was written for other names than vLLM's then matches nothing: what it was to
+        leave dense, `read_headers` finds.
         """
         if self.mapper is None:
             return tuple(names)
@@ -150,14 +151,15 @@ class CastConfig(QuantizationConfig):
         return tuple(found)
 
     def checkpoint(self) -> Checkpoint | None:
-        """The headers of what is served; None where its files are not in a folder here.
+        """The headers of what is served; None where config.json and weights are not here.
 
         Raises:
             CheckpointError: they are damaged, or do not fit together.
         """
-        if self.folder is None or not any(self.folder.glob("*.safetensors")):
+        folder = self.folder
+        if folder is None or not (folder / CONFIG).exists() or not any(folder.glob(WEIGHTS)):
             return None
-        return Checkpoint.open(self.folder)
+        return Checkpoint.open(folder)
 
     def read_headers(self) -> None:
         """Check once that the checkpoint is whole, when all of it has been downloaded.

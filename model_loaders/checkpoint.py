@@ -15,6 +15,7 @@ from cast_serve.model_loaders.memory import as_bytes, empty
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+WEIGHTS = "*.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 _SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
@@ -143,7 +144,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def _unindexed(path: Path) -> list[Path]:
     """Every .safetensors file, checked for gaps where names are numbered -00001-of-00003."""
-    files = sorted(path.glob("*.safetensors"))
+    files = sorted(path.glob(WEIGHTS))
     for file in files:
         if match := _SHARD.fullmatch(file.name):
             stem, number, total = match.groups()

@@ -11,7 +11,13 @@ from functools import partial
 
 import torch
 
-from cast_serve.kernels.packing import COLUMNS_PER_BYTE, PatternError, check_mask, pack
+from cast_serve.kernels.packing import (
+    BLOCK_ENTRIES,
+    COLUMNS_PER_BYTE,
+    PatternError,
+    check_mask,
+    pack,
+)
 from cast_serve.kernels.pattern import nm_mask
 from cast_serve.model_loaders.checkpoint import Checkpoint
 from cast_serve.model_loaders.finite import dense_column, first_nonfinite, require_finite
@@ -32,8 +38,6 @@ from cast_serve.model_loaders.rounding import dequantize_rows
 # Rows go through in blocks, as packing takes about 20 bytes an entry and sorting for a mask 30.
 # Small ones: temporaries of 1 << 18 and up fragment the heap (20 to 40 MB), and are no faster.
 _BLOCK_ENTRIES = 1 << 15
-# On a device it is the launches of a block that take time.
-_DEVICE_BLOCK_ENTRIES = 1 << 24
 
 # How the reason of a linear starts that stays dense because of what its weights are.
 NOT_SPARSE = "not 2:4"
@@ -252,7 +256,8 @@ def _pack_blocks(
     make = empty if on_cpu else partial(torch.empty, device=weight.device)
     values = make((rows, columns // 2), dtype=dtype)
     bitmask = make((rows, columns // COLUMNS_PER_BYTE), dtype=torch.uint8)
-    step = max(1, (_BLOCK_ENTRIES if on_cpu else _DEVICE_BLOCK_ENTRIES) // max(1, columns))
+    # On a device it is the launches of a block that take time.
+    step = max(1, (_BLOCK_ENTRIES if on_cpu else BLOCK_ENTRIES) // max(1, columns))
     try:
         for start in range(0, rows, step):
             some = slice(start, start + step)
