@@ -61,11 +61,17 @@ class CastConfig(QuantizationConfig):
     def __init__(self, scheme: Scheme | None = None) -> None:
         super().__init__()
         self.declared = scheme or Scheme(format=Format.PLAIN)
-        # The same by the names of vLLM's modules, and how those come about.
+        # The same by the names of vLLM's modules, and how those come about: a model inside of
+        # another maps what is left to it.
         self.scheme = self.declared
-        self.mapper: WeightsMapper | None = None
-        # With config.json, and unless they come from elsewhere the weights.
+        self.mappers: list[WeightsMapper] = []
+        # That of config.json, None if it is not on this machine. The weights may be elsewhere.
         self.folder: Path | None = None
+        self.in_hub_cache = False
+        # What vLLM takes the model for: not what config.json says, of heads that draft tokens.
+        self.model_type: str | None = None
+        # --download-dir: where weights from the hub are, if not in its cache.
+        self.download_dir: str | None = None
         self.headers_read = False
         # vLLM's names of linears that the headers show to stay dense.
         self.dense_by_headers: frozenset[str] = frozenset()
@@ -125,11 +131,15 @@ class CastConfig(QuantizationConfig):
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
-        self.folder = _folder_of(model_name, revision)
+        self.folder = Path(model_name)
+        if not self.folder.is_dir():
+            self.in_hub_cache = True
+            self.folder = _snapshot(model_name, revision)
+        self.model_type = getattr(hf_config, "model_type", None)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
         """Rename what the checkpoint ignores and targets to the names that vLLM's modules have."""
-        self.mapper = hf_to_vllm_mapper
+        self.mappers.append(hf_to_vllm_mapper)
         self.scheme = replace(
             self.declared,
             ignore=self._named_by_vllm(self.declared.ignore),
@@ -142,16 +152,19 @@ class CastConfig(QuantizationConfig):
         A pattern that was written for other names than vLLM's then matches nothing: what it was to
         leave dense, `read_headers` finds.
         """
-        if self.mapper is None:
-            return tuple(names)
-        found = []
+        found: list[str] = []
         for name in names:
-            is_module = name != CLASS and not name.startswith(PATTERN)
-            found += self.mapper.apply_list([name]) if is_module else [name]
+            mapped = [name]
+            if name != CLASS and not name.startswith(PATTERN):
+                for mapper in self.mappers:
+                    mapped = mapper.apply_list(mapped)
+            found += mapped
         return tuple(found)
 
     def checkpoint(self) -> Checkpoint | None:
         """The headers of what is served; None where config.json and weights are not here.
+
+        Nor of a model that config.json does not describe.
 
         Raises:
             CheckpointError: they are damaged, or do not fit together.
@@ -159,10 +172,14 @@ class CastConfig(QuantizationConfig):
         folder = self.folder
         if folder is None or not (folder / CONFIG).exists() or not any(folder.glob(WEIGHTS)):
             return None
-        return Checkpoint.open(folder)
+        if self.in_hub_cache and self.download_dir:
+            return None
+        checkpoint = Checkpoint.open(folder)
+        same = self.model_type in (None, checkpoint.config.get("model_type"))
+        return checkpoint if same else None
 
     def read_headers(self) -> None:
-        """Check once that the checkpoint is whole, when all of it has been downloaded.
+        """Check once that the checkpoint is whole, after vLLM has downloaded all of it.
 
         vLLM does not: of a quantized model it takes what is missing for what need not be there.
 
@@ -231,10 +248,10 @@ class CastConfig(QuantizationConfig):
             )
 
 
-def _folder_of(model_name: str, revision: str | None) -> Path | None:
-    """The folder of a model, or of its snapshot in the cache of the Hugging Face hub."""
-    if (folder := Path(model_name)).is_dir():
-        return folder
+def _snapshot(model_name: str, revision: str | None) -> Path | None:
+    """The folder of a model in the cache of the Hugging Face hub."""
+    if vllm_envs.VLLM_USE_MODELSCOPE:
+        return None
     try:
         cached = try_to_load_from_cache(model_name, CONFIG, revision=revision)
     except HFValidationError:

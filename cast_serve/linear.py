@@ -78,6 +78,7 @@ class CastLinearMethod(LinearMethodBase):
         self.sparse = all(part.sparse for part in parts)
         self.dense_linear = UnquantizedLinearMethod()
         self.load_format = vllm_config.load_config.load_format
+        config.download_dir = vllm_config.load_config.download_dir
         self.additional_config = vllm_config.additional_config
         self.offloaded_by_name = offloads_by_name(vllm_config)
         if self.sparse and current_platform.is_cuda():
@@ -180,8 +181,7 @@ class CastLinearMethod(LinearMethodBase):
         if self.finished:
             self._begin_reload()
         self.finished = True
-        if not self.reloading and self.load_format in READS_CHECKPOINT:
-            self.config.read_headers()
+        self._read_headers()
         # Training checkpoints may have no scales at all: then nothing followed the weight.
         for part_id, waiting in list(self.waiting.items()):
             if "weight" in waiting:
@@ -248,6 +248,7 @@ class CastLinearMethod(LinearMethodBase):
         """Keep `tensor` until its part of the layer is whole, then load the part."""
         if self.finished:
             self._begin_reload()
+        self._read_headers()
         if inlet == "shape":
             # It says nothing that the others do not, and to keep it keeps the file mapped.
             return
@@ -262,6 +263,10 @@ class CastLinearMethod(LinearMethodBase):
             whole = "weight" in waiting
         if whole:
             self._load(self.waiting.pop(part_id), part_id)
+
+    def _read_headers(self) -> None:
+        if not self.reloading and self.load_format in READS_CHECKPOINT:
+            self.config.read_headers()
 
     def _load(self, part: dict[str, torch.Tensor], part_id: PartId) -> None:
         packed = self._packed(part, part_id)
@@ -292,7 +297,8 @@ class CastLinearMethod(LinearMethodBase):
             return packed
         if not self._is_declared_sparse(part_id, stored) or stored is Format.CT_BITMASK:
             return None
-        if self._is_left_dense(part_id):
+        # What is sparse already, or has a scale, was meant to be.
+        if self.plan is None and "cast_scale" not in part and self._is_left_dense(part_id):
             return None
         if stored is Format.PLAIN and part["weight"].shape[-1] % COLUMNS_PER_BYTE:
             return None
@@ -381,8 +387,9 @@ class CastLinearMethod(LinearMethodBase):
 
     def _is_left_dense(self, part_id: PartId) -> bool:
         """Whether a part that is stored dense is not to be sparse, whatever config.json says."""
+        # vLLM gives a few linears no name, which says nothing of their place.
         return all(
-            why_by_place(part.name) or part.name in self.config.dense_by_headers
+            (part.name and why_by_place(part.name)) or part.name in self.config.dense_by_headers
             for part in self._named(part_id)
         )
 

@@ -1,6 +1,7 @@
 """What CastConfig checks of a checkpoint on the engine's side, as vLLM itself does not."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny_models
@@ -31,12 +32,28 @@ def without(folder: Path, name: str) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-def of(folder: Path, name: str | None = None, revision: str | None = None) -> CastConfig:
+def of(
+    folder: Path,
+    name: str | None = None,
+    revision: str | None = None,
+    model_type: str = "llama",
+) -> CastConfig:
     """The config of the checkpoint in `folder`, served under `name`."""
     declared = Checkpoint.open(folder).config["quantization_config"]
     config = CastConfig.from_config(declared)
-    config.maybe_update_config(name or str(folder), revision=revision)
+    hf_config = SimpleNamespace(model_type=model_type)
+    config.maybe_update_config(name or str(folder), hf_config=hf_config, revision=revision)
     return config
+
+
+def in_hub_cache(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """`folder` as the snapshot of owner/name that vLLM has downloaded."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    model = tmp_path / "hub" / "models--owner--name"
+    (model / "refs").mkdir(parents=True)
+    (model / "refs" / "main").write_text(REVISION)
+    (model / "snapshots").mkdir()
+    return folder.rename(model / "snapshots" / REVISION)
 
 
 @pytest.mark.parametrize("name", [NORM, "model.layers.1.self_attn.o_proj.cast_scale"])
@@ -49,17 +66,11 @@ def test_what_is_missing_is_named(training, name):
 
 @pytest.mark.parametrize("revision", [None, "main", REVISION])
 def test_model_of_the_hub(training, tmp_path, monkeypatch, revision):
-    """In the cache, as vLLM has downloaded it."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    model = tmp_path / "hub" / "models--owner--name"
-    (model / "refs").mkdir(parents=True)
-    (model / "refs" / "main").write_text(REVISION)
-    (model / "snapshots").mkdir()
-    config = training.rename(model / "snapshots" / REVISION)
-    of(config, "owner/name", revision).read_headers()
-    without(config, NORM)
+    served = in_hub_cache(training, tmp_path, monkeypatch)
+    of(served, "owner/name", revision).read_headers()
+    without(served, NORM)
     with pytest.raises(CheckpointError, match=NORM):
-        of(config, "owner/name", revision).read_headers()
+        of(served, "owner/name", revision).read_headers()
 
 
 def test_weights_elsewhere_are_left_to_vllm(training):
@@ -69,6 +80,28 @@ def test_weights_elsewhere_are_left_to_vllm(training):
     (training / "model.safetensors").unlink()
     served.read_headers()
     assert served.checkpoint() is None
+
+
+def test_download_dir(training, tmp_path, monkeypatch):
+    """Weights are there; what the hub's cache has of them may be half of an older download."""
+    served = in_hub_cache(training, tmp_path, monkeypatch)
+    without(served, NORM)
+    config = of(served, "owner/name")
+    config.download_dir = str(tmp_path / "elsewhere")
+    config.read_headers()
+    # Of a folder it says nothing.
+    config = of(served)
+    config.download_dir = str(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=NORM):
+        config.read_headers()
+
+
+def test_head_that_drafts_takes_its_embedding_from_the_model(training):
+    """vLLM makes a Llama into an EAGLE head, whose checkpoint rightly lacks some of it."""
+    without(training, "model.embed_tokens.weight")
+    of(training, model_type="eagle").read_headers()
+    with pytest.raises(CheckpointError, match="embed_tokens"):
+        of(training, model_type="llama").read_headers()
 
 
 def test_another_declaration_than_in_the_folder(training):

@@ -12,10 +12,12 @@ from vllm.config.offload import OffloadConfig
 from cast_serve import config as config_module
 from cast_serve.config import CastConfig, Part
 from cast_serve.kernels.packing import unpack
+from cast_serve.kernels.pattern import nm_mask
 from cast_serve.linear import CastLinearMethod
 from cast_serve.model_loaders.formats import Format, Scheme
 
 N, K = 32, 64
+STORED_DENSE = [Format.DENSE, Format.CT_DENSE, Format.TRAINING, Format.PACKED]
 
 
 def made(
@@ -120,7 +122,7 @@ def test_dense_weight_that_overflows_the_dtype(vllm_config):
 
 
 @pytest.mark.parametrize("prefix", ["projector.linear_1", "model.layers.0.mlp.gate"])
-@pytest.mark.parametrize("stored", [Format.DENSE, Format.TRAINING, Format.PACKED])
+@pytest.mark.parametrize("stored", STORED_DENSE)
 def test_what_no_checkpoint_has_sparse_stays_dense(vllm_config, stored, prefix):
     """As `cast-model check` has it, in `ignore` or not."""
     method, layer = made(vllm_config, stored, prefix=prefix)
@@ -130,15 +132,31 @@ def test_what_no_checkpoint_has_sparse_stays_dense(vllm_config, stored, prefix):
     assert_is_dense(method, layer, weight)
 
 
-def test_training_weight_that_the_headers_show_to_be_dense(vllm_config):
+@pytest.mark.parametrize("stored", STORED_DENSE)
+def test_what_the_headers_show_to_be_dense_stays_so(vllm_config, monkeypatch, stored):
     """By a pattern of the checkpoint's names, which are not vLLM's."""
     name = "visual.blocks.0.attn.qkv"
-    method, layer = made(vllm_config, Format.TRAINING, prefix=name)
+    method, layer = made(vllm_config, stored, prefix=name)
+
+    def read_headers() -> None:
+        method.config.dense_by_headers = frozenset([name])
+
+    monkeypatch.setattr(method.config, "read_headers", read_headers)
     weight = torch.randn(N, K)
     receive(layer, weight=weight)
-    method.config.dense_by_headers = frozenset([name])
     method.process_weights_after_loading(layer)
     assert_is_dense(method, layer, weight)
+
+
+@pytest.mark.parametrize("prefix", ["", "projector.linear_1"])
+def test_training_weight_with_a_scale_is_pruned(vllm_config, prefix):
+    """Wherever it is, and where vLLM has no name for it."""
+    method, layer = made(vllm_config, Format.TRAINING, prefix=prefix)
+    weight = torch.randn(N, K)
+    receive(layer, weight=weight, cast_scale=torch.full((N, 1), 2.0))
+    assert method.sparse
+    expected = 2 * weight * nm_mask(weight)
+    assert torch.equal(unpack(layer.compressed, layer.bitmask), expected)
 
 
 def test_want_of_memory_is_not_blamed_on_shapes(vllm_config):

@@ -98,6 +98,21 @@ def test_names_are_those_of_the_modules_that_vllm_makes():
         assert found == {"q_proj": sparse, "k_proj": False}, targets
 
 
+def test_model_inside_of_another_maps_what_is_left():
+    """vLLM has the outer model's mapper applied, and then the inner one's."""
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    from cast_serve.config import CastConfig
+
+    sparsity = {"sparsity_structure": "2:4", "format": "dense", "ignore": ["model.lm.o.k_proj"]}
+    config = CastConfig.from_config(compressed_tensors(**sparsity, targets=["Linear"]))
+    config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.lm.": "language."}))
+    config.apply_vllm_mapper(WeightsMapper())
+    assert not config.parts("language.o.k_proj")[0].sparse
+    config.apply_vllm_mapper(WeightsMapper(orig_to_new_substr={".o.": ".attn."}))
+    assert not config.parts("language.attn.k_proj")[0].sparse
+
+
 def test_mapper_that_prefixes_all_leaves_classes_and_patterns():
     from vllm.model_executor.models.utils import WeightsMapper
 

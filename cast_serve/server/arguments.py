@@ -5,7 +5,6 @@ import os
 from collections.abc import Sequence
 
 import psutil
-from vllm import envs
 from vllm.entrypoints.cli.serve import make_arg_parser
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -19,6 +18,9 @@ DRAIN_SECONDS = 60
 
 # On a CPU vLLM would take 92 % of the memory, and refuse to start where that much is not free.
 CPU_CACHE_BYTES = 4 * 2**30
+
+# The switch of vLLM's front end in Rust.
+RUST = "VLLM_USE_RUST_FRONTEND"
 
 # vLLM's surface for them; the last one is the first to see a request, so these come after any that
 # the user names.
@@ -88,7 +90,7 @@ def _require_own_front_end(args: argparse.Namespace, parser: argparse.ArgumentPa
     """Refuse vLLM's other front ends: they know nothing of key, limits, drain and readiness."""
     for asked, name in (
         (getattr(args, "grpc", False), "--grpc"),
-        (getattr(envs, "VLLM_USE_RUST_FRONTEND", False), "VLLM_USE_RUST_FRONTEND"),
+        (os.environ.get(RUST, "0") not in ("", "0"), RUST),
     ):
         if asked:
             parser.error(
@@ -98,10 +100,14 @@ def _require_own_front_end(args: argparse.Namespace, parser: argparse.ArgumentPa
 
 
 def _ranks_here(args: argparse.Namespace) -> int:
-    """Engine processes of this machine, each of which has a KV cache."""
-    replicas = getattr(args, "data_parallel_size_local", None) or args.data_parallel_size
-    here: int = args.tensor_parallel_size * args.pipeline_parallel_size * replicas
-    return max(1, here // (getattr(args, "nnodes", None) or 1))
+    """Workers on this machine, each of which has a KV cache."""
+    ranks: int = args.tensor_parallel_size * args.pipeline_parallel_size
+    if args.data_parallel_rank is not None or args.data_parallel_external_lb:
+        # A server of its own for every replica.
+        return ranks
+    if args.data_parallel_size_local is not None:
+        return max(1, ranks * args.data_parallel_size_local)
+    return max(1, ranks * args.data_parallel_size // args.nnodes)
 
 
 def _sizes_cache(args: argparse.Namespace, parser: argparse.ArgumentParser) -> bool:

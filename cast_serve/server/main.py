@@ -55,7 +55,7 @@ def main() -> None:
         nonlocal stopping
         if server is None or stopping or not _is_serving(reader):
             # A server that is only just being started ends by itself without its parent.
-            status = 128 + number if "--check-only" in sys.argv[1:] else 0
+            status = 128 + number if _only_checks(sys.argv[1:]) else 0
             end_now(None if server is None else server.pid, status)
         stopping = True
         server.terminate()
@@ -81,6 +81,14 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     _end_rest(server.pid)
     sys.exit(status if status >= 0 else 128 - status)
+
+
+def _only_checks(arguments: list[str]) -> bool:
+    """Whether --check-only is among them, as vLLM's parser takes it: cut short, or with `_`."""
+    return any(
+        len(given) > len("--che") and "--check-only".startswith(given.replace("_", "-"))
+        for given in arguments
+    )
 
 
 def _end_rest(server: int) -> None:

@@ -46,8 +46,8 @@ def report(model: str, quantization: str | None, cache_bytes: int | None) -> Non
 
 def why_unchecked(args: argparse.Namespace) -> str | None:
     """Why `report` would not speak of what vLLM loads by `args`; None if it would."""
-    if args.load_format not in READS_CHECKPOINT:
-        return f"--load-format {args.load_format} does not read config.json and *.safetensors alone"
+    if args.load_format.lower() not in READS_CHECKPOINT:
+        return f"--load-format {args.load_format} does not load config.json with *.safetensors"
     if isinstance(args.hf_overrides, dict) and "quantization_config" in args.hf_overrides:
         return "--hf-overrides has another quantization_config than its config.json"
     return None

@@ -19,7 +19,7 @@ from cast_serve.trainer.layers import LayerChoice, blocks_name, decoder_blocks, 
 
 # AdamS reads w, g, mu, nu and a byte of mask and writes w, mu, nu, all fp32.
 _OPTIMIZER_BYTES = 29
-# On a CPU (adams_rule.py): its time for 4096 x 4096 over that of copying a byte, measured.
+# Of a weight on a CPU (adams_rule.py): what is copied in the same time, measured.
 _HOST_OPTIMIZER_BYTES = 70
 # A pass adds its gradients to those of the passes before, fp32.
 _SUM_BYTES = 12

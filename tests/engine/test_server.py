@@ -17,6 +17,7 @@ import httpx
 import pytest
 from safetensors.torch import load_file, save_file
 from server_process import CAST_SERVE, ENVIRONMENT, Server
+from vllm.platforms import current_platform
 
 from cast_serve.model_loaders.convert import convert
 from cast_serve.server.ready import curl_line
@@ -198,7 +199,10 @@ def test_check_only_checks_something():
         pytest.param(
             "wgmma_sp",
             "CAST_SERVE_KERNEL=wgmma_sp needs a GPU; on a CPU there is reference",
-            marks=pytest.mark.slow,
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(not current_platform.is_cpu(), reason="a GPU runs it"),
+            ],
         ),
     ],
 )

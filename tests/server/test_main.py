@@ -73,7 +73,16 @@ def command(tmp_path: Path) -> Callable[..., subprocess.Popen]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize(("flags", "ended"), [([], False), (["--check-only"], True)])
+@pytest.mark.parametrize(
+    ("flags", "ended"),
+    [
+        (["--check"], True),
+        (["--check_only"], True),
+        (["--model", "dir", "--check-only"], True),
+        (["--ch", "--chat-template", "x"], False),
+        ([], False),
+    ],
+)
 def test_status_of_what_is_stopped_before_it_serves(command, number, flags, ended):
     """0, but of a check: a script would take it for passed."""
     running = command("#!/bin/sh\necho up\nexec sleep 300\n", *flags)

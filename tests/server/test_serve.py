@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import vllm.logger
 from torch import OutOfMemoryError
 from vllm.platforms import current_platform
 
@@ -79,9 +80,13 @@ def test_wrong_usage_is_a_line(start, tmp_path, monkeypatch, name):
     assert said.splitlines()[-1].startswith("cast-serve: ")
 
 
+@pytest.mark.skipif(
+    not hasattr(vllm.logger, "configure_logging_from_args"),
+    reason="this vLLM configures logs when it is imported",
+)
 def test_logs_are_configured_by_the_arguments(start, monkeypatch):
     given = []
-    monkeypatch.setattr("vllm.logger.configure_logging_from_args", given.append, raising=False)
+    monkeypatch.setattr("vllm.logger.configure_logging_from_args", given.append)
     assert start("--model", EXAMPLE, "--check-only", "--log-level", "ERROR")[0] == 0
     assert [args.log_level for args in given] == ["ERROR"]
 
@@ -92,8 +97,8 @@ OVERRIDES = '{"quantization_config": {"quant_method": "cast"}}'
 @pytest.mark.parametrize(
     ("flags", "why"),
     [
-        (["--load-format", "dummy"], "--load-format dummy does not read config.json"),
-        (["--load-format", "mistral"], "--load-format mistral does not read config.json"),
+        (["--load-format", "dummy"], "--load-format dummy does not load config.json"),
+        (["--load-format", "mistral"], "--load-format mistral does not load config.json"),
         (["--hf-overrides", OVERRIDES], "--hf-overrides has another quantization_config"),
     ],
 )
@@ -104,8 +109,13 @@ def test_check_that_would_be_of_something_else(start, flags, why):
     assert said.endswith(", so nothing was checked\n")
 
 
-def test_rust_front_end_is_refused(start, monkeypatch):
-    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+def test_load_format_in_capitals(start):
+    assert start("--model", EXAMPLE, "--check-only", "--load-format", "Safetensors")[0] == 0
+
+
+@pytest.mark.parametrize("value", ["1", "true"])
+def test_rust_front_end_is_refused(start, monkeypatch, value):
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", value)
     status, said = start("--model", EXAMPLE)
     assert status == WRONG_USAGE
     assert "VLLM_USE_RUST_FRONTEND: the API key" in said
@@ -119,6 +129,8 @@ def test_rust_front_end_is_refused(start, monkeypatch):
         (["--tensor-parallel-size", "2", "--pipeline-parallel-size", "2"], 0.5),
         (["--tensor-parallel-size", "2", "--data-parallel-size", "4"], 0.25),
         (["--data-parallel-size", "4", "--data-parallel-size-local", "2"], 1),
+        (["--data-parallel-size", "4", "--data-parallel-rank", "1"], 2),
+        (["--tensor-parallel-size", "4", "--nnodes", "2"], 1),
     ],
 )
 def test_cache_on_a_cpu_is_a_quarter_of_what_is_free(monkeypatch, flags, cache):
