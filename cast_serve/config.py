@@ -29,7 +29,7 @@ from cast_serve.model_loaders.formats import (
     Scheme,
     recognise,
 )
-from cast_serve.model_loaders.layers import find_layers
+from cast_serve.model_loaders.layers import find_layers, require_whole
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
@@ -192,8 +192,10 @@ class CastConfig(QuantizationConfig):
         checkpoint = self.checkpoint()
         # Another one is declared by --hf-overrides.
         if checkpoint and recognise(checkpoint.config, checkpoint.path / CONFIG) == self.declared:
-            linears = find_layers(checkpoint).linears
-            dense = (linear.name for linear in linears if not linear.sparse)
+            layers = find_layers(checkpoint)
+            # Of a plain one too, which others may read in part.
+            require_whole(checkpoint, layers)
+            dense = (linear.name for linear in layers.linears if not linear.sparse)
             self.dense_by_headers = frozenset(self._named_by_vllm(dense))
 
     def get_quant_method(self, layer: Module, prefix: str) -> Optional["QuantizeMethodBase"]:

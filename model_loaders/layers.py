@@ -82,7 +82,8 @@ def find_layers(checkpoint: Checkpoint) -> Layers:
     """Sort the tensors of `checkpoint` and check that each linear is stored as its format says.
 
     Raises:
-        CheckpointError: an unknown format, or tensors that do not belong together.
+        CheckpointError: an unknown format, or tensors that do not belong together, or one that is
+            missing where config.json declares a format.
     """
     scheme = recognise(checkpoint.config, checkpoint.path / CONFIG)
     finder = _Finder(checkpoint=checkpoint, scheme=scheme)
@@ -91,12 +92,21 @@ def find_layers(checkpoint: Checkpoint) -> Layers:
     others = tuple(name for name in checkpoint.entries if name not in taken)
     for name in others:
         finder.check_other(name)
+    layers = Layers(scheme=scheme, linears=tuple(linears), others=others)
     if scheme.format is not Format.PLAIN:
-        shapes = {linear.name: linear.shape for linear in linears}
-        require_complete(
-            checkpoint, shapes | {name: checkpoint.entries[name].shape for name in others}
-        )
-    return Layers(scheme=scheme, linears=tuple(linears), others=others)
+        require_whole(checkpoint, layers)
+    return layers
+
+
+def require_whole(checkpoint: Checkpoint, layers: Layers) -> None:
+    """Check that no tensor of the model is missing from `checkpoint`.
+
+    Raises:
+        CheckpointError: one is.
+    """
+    shapes = {linear.name: linear.shape for linear in layers.linears}
+    others = {name: checkpoint.entries[name].shape for name in layers.others}
+    require_complete(checkpoint, shapes | others)
 
 
 def is_transposed(model_type: object, module: str) -> bool:

@@ -64,6 +64,16 @@ def test_what_is_missing_is_named(training, name):
         of(training).read_headers()
 
 
+def test_what_is_missing_of_a_plain_checkpoint(tmp_path):
+    """Served with --quantization cast, under which vLLM does not look either."""
+    tiny_models.write_stored("llama", tmp_path)
+    served = CastConfig()
+    served.maybe_update_config(str(tmp_path))
+    without(tmp_path, NORM)
+    with pytest.raises(CheckpointError, match=NORM):
+        served.read_headers()
+
+
 @pytest.mark.parametrize("revision", [None, "main", REVISION])
 def test_model_of_the_hub(training, tmp_path, monkeypatch, revision):
     served = in_hub_cache(training, tmp_path, monkeypatch)
