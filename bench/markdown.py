@@ -1,13 +1,44 @@
 """Tables in Markdown, and where they go: between two marker lines of a README."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Protocol, TypeVar
+
+
+class ServedRow(Protocol):
+    """A row of what was measured of a model that vLLM serves with some flags."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def flags(self) -> str: ...
+
+
+RowType = TypeVar("RowType", bound=ServedRow)
 
 
 def table(header: list[str], rows: Iterable[list[str]]) -> list[str]:
     """The lines of a table."""
     lines = [header, ["---"] * len(header), *rows]
     return [f"| {' | '.join(cells)} |" for cells in lines]
+
+
+def table_by_model(
+    header: Iterable[str],
+    rows: Sequence[RowType],
+    cells: Callable[[RowType, Sequence[RowType]], list[str]],
+) -> list[str]:
+    """A table for each model and flags, each below a line that names them; an empty line last.
+
+    Args:
+        cells: of a row among those of its table.
+    """
+    lines: list[str] = []
+    for model, flags in dict.fromkeys((row.model, row.flags) for row in rows):
+        own = [row for row in rows if (row.model, row.flags) == (model, flags)]
+        lines += [f"{model}{f', `{flags}`' if flags else ''}:", ""]
+        lines += [*table(list(header), [cells(row, own) for row in own]), ""]
+    return lines
 
 
 def replace_between(file: Path, begin: str, end: str, lines: list[str]) -> None:

@@ -193,8 +193,9 @@ class CastConfig(QuantizationConfig):
         # Another one is declared by --hf-overrides.
         if checkpoint and recognise(checkpoint.config, checkpoint.path / CONFIG) == self.declared:
             layers = find_layers(checkpoint)
-            # Of a plain one too, which others may read in part.
-            require_whole(checkpoint, layers)
+            if layers.scheme.format is Format.PLAIN:
+                # Not asked by find_layers: what is served must be whole, not all that is read.
+                require_whole(checkpoint, layers)
             dense = (linear.name for linear in layers.linears if not linear.sparse)
             self.dense_by_headers = frozenset(self._named_by_vllm(dense))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from cast_serve.bench.markdown import table
+from cast_serve.bench.markdown import table_by_model
 from cast_serve.bench.result_file import ResultFile, positive, read, sibling
 from cast_serve.bench.serving.engines import BASELINE
 
@@ -69,13 +69,8 @@ def beside(file: Path) -> dict[str, Path]:
 def lines(file: Path) -> list[str]:
     """In Markdown, a table for each model and flags of a result file, and what they ran on."""
     results = load_or_empty(file)
-    found: list[str] = []
-    for model, flags in dict.fromkeys((row.model, row.flags) for row in results.rows):
-        rows = [row for row in results.rows if (row.model, row.flags) == (model, flags)]
-        rows.sort(key=lambda row: (row.requests, row.engine))
-        found += ["", f"{model}{f', `{flags}`' if flags else ''}:", ""]
-        found += table(list(HEADER), [cells(row, rows) for row in rows])
-    return [*found, "", results.ran_on()]
+    rows = sorted(results.rows, key=lambda row: (row.requests, row.engine))
+    return [*table_by_model(HEADER, rows, cells), results.ran_on()]
 
 
 def print_rows(rows: Sequence[Row], title: str, console: Console) -> None:

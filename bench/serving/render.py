@@ -129,7 +129,7 @@ def _beside(file: Path) -> list[str]:
         lines += ["", title, "", note, "", *loading_results.lines(loading)]
     for benchmark, measured in offline_results.beside(file).items():
         title = f"## Without a server: `cast-bench {benchmark}`"
-        lines += ["", title, *offline_results.lines(measured)]
+        lines += ["", title, "", *offline_results.lines(measured)]
     return lines
 
 

@@ -16,6 +16,7 @@ from cast_serve.trainer.config_checks import key_of
 from cast_serve.trainer.data_source import DataSource
 from cast_serve.trainer.errors import RunError
 
+_METAVARS = {Path: "DIR", int: "N", float: "X"}
 _GROUPS = {
     "run": "run",
     "method": "method (CAST, arXiv 2509.25996)",
@@ -117,9 +118,7 @@ def _add(group: Any, option: Field[Any], kind: Any) -> None:
     elif get_origin(kind) is Literal:
         settings["metavar"] = "|".join(get_args(kind))
     else:
-        settings["metavar"] = {Path: "DIR", int: "N", float: "X", str: "N:M"}[kind]
-        if option.name == "text_key":
-            settings["metavar"] = "KEY"
+        settings["metavar"] = option.metadata["metavar"] or _METAVARS[kind]
     group.add_argument(flag, **settings)
 
 

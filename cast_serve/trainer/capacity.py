@@ -261,10 +261,8 @@ def speed(
     if config.offload:
         pace = _HOST_BANDWIDTH / processes
         traffic = max(traffic, passes * used / shards / gpu.host_link)
-        host_sums, optimizer = (
-            bytes_each * held / pace
-            for bytes_each in (_SUM_BYTES * (passes - 1), _HOST_OPTIMIZER_BYTES)
-        )
+        host_sums = (passes - 1) * _SUM_BYTES * held / pace
+        optimizer = _HOST_OPTIMIZER_BYTES * held / pace
     return Speed(
         arithmetic=tokens * flops_per_token(shape, config, context=context) / (mfu * gpu.flops),
         traffic=traffic,

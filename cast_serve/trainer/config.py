@@ -25,13 +25,18 @@ DEFAULT_ADAMW_LR = 1e-4
 DEFAULT_CONTEXT = 1024
 
 
-def _about(text: str, *, group: str, identity: bool = True) -> dict[str, Any]:
-    """A field's metadata; `identity` fields must be the same when a run is resumed."""
-    return {"help": text, "group": group, "identity": identity}
+def _about(
+    text: str, *, group: str, identity: bool = True, metavar: str | None = None
+) -> dict[str, Any]:
+    """A field's metadata; `identity` fields must be the same when a run is resumed.
+
+    `metavar` stands for the flag's value in --help; None: what stands for the field's type.
+    """
+    return {"help": text, "group": group, "identity": identity, "metavar": metavar}
 
 
-def _option(default: Any, text: str, *, group: str, identity: bool = True) -> Any:
-    return field(default=default, metadata=_about(text, group=group, identity=identity))
+def _option(default: Any, text: str, **about: Any) -> Any:
+    return field(default=default, metadata=_about(text, **about))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +101,9 @@ class RunConfig:
         "masks still change",
         group="method",
     )
-    pattern: str = _option("2:4", "N:M, N weights of every M survive", group="method")
+    pattern: str = _option(
+        "2:4", "N:M, N weights of every M survive", group="method", metavar="N:M"
+    )
     lambda_: float | None = _option(
         None,
         "strength of the decay of masked weights (Eq. 7), of the order of the gradient; default: "
@@ -234,7 +241,10 @@ class RunConfig:
         (), "what to evaluate on in place of a held-out share, named as in data", group="run"
     )
     text_key: str = _option(
-        "text", "key or column of the text in .jsonl, .parquet and data sets", group="run"
+        "text",
+        "key or column of the text in .jsonl, .parquet and data sets",
+        group="run",
+        metavar="KEY",
     )
     document_attention: bool = _option(
         False, "attention in training stays within a document of a block", group="run"

@@ -11,21 +11,18 @@ importance.safetensors    norms of the layers' inputs, where masks take them int
 .lock            of the one process that writes all this, as long as it does
 """
 
-import fcntl
 import json
-import logging
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from cast_serve.trainer.config import RunConfig
 from cast_serve.trainer.errors import RunError
-
-logger = logging.getLogger(__name__)
+from cast_serve.trainer.lock import lock
 
 STAGING = ".staging"
 IMPORTANCE = "importance.safetensors"
@@ -68,7 +65,7 @@ def held(config: RunConfig) -> Iterator[None]:
     if config.dry_run:
         yield
         return
-    with _lock(config.run_dir):
+    with lock(config.run_dir / _LOCK, of=config.run_dir, command="cast-train"):
         try:
             # Until it was locked, another process may have written.
             check_folders(config)
@@ -79,33 +76,6 @@ def held(config: RunConfig) -> Iterator[None]:
                 (config.run_dir / _LOCK).unlink()
                 # Holds something, unless the run did not come to its first step.
                 config.run_dir.rmdir()
-
-
-def _lock(run_dir: Path) -> IO[str]:
-    """The run's lock, locked until it is closed: by the system, if the process is killed."""
-    path = run_dir / _LOCK
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        file = path.open("a")
-    except OSError as error:
-        raise RunError(f"output: cannot write {run_dir}: {error.strerror}") from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        raise RunError(
-            f"output: another cast-train is writing {run_dir}; wait for it, or end it"
-        ) from error
-    except OSError as error:
-        # Not every network file system can.
-        logger.warning(
-            "%s cannot be locked (%s): start no second cast-train on it", run_dir, error.strerror
-        )
-    if os.fstat(file.fileno()).st_nlink:
-        return file
-    # Removed by a process that ended before it was locked here: it keeps nobody out.
-    file.close()
-    return _lock(run_dir)
 
 
 def check_folders(config: RunConfig) -> None:

@@ -16,6 +16,7 @@ from cast_serve.trainer.generation import write
 from cast_serve.trainer.generation.characters import first_start, whole_end, without_part
 from cast_serve.trainer.generation.distinct import Distinct, Verdict
 from cast_serve.trainer.generation.prompts import Prompts
+from cast_serve.trainer.lock import lock
 from cast_serve.trainer.main import main
 
 PROSE = list(range(200))
@@ -243,11 +244,12 @@ def test_generate_says_what_to_install(tmp_path, monkeypatch):
 def test_a_file_has_one_writer(tmp_path):
     output = tmp_path / "texts" / "a.jsonl"
     given = ["--model", str(tmp_path), "--output", str(output), "--tokens", "9"]
-    with generate._held(output):
+    lock_file = output.with_name(".a.jsonl.lock")
+    with lock(lock_file, of=output, command="cast-train generate"):
         with pytest.raises(RunError, match=r"another cast-train generate is writing .*a\.jsonl"):
             generate.main(given)
         assert not output.with_name("a.jsonl.json").exists()
-    with generate._held(output):
+    with lock(lock_file, of=output, command="cast-train generate"):
         pass
 
 

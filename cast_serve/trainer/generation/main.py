@@ -17,18 +17,16 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from cast_serve.trainer.arguments import Parser
 from cast_serve.trainer.data_source import DataSource
 from cast_serve.trainer.errors import RunError
+from cast_serve.trainer.lock import lock
 
 # Requests handed to vLLM at once: enough to keep it busy, few enough to lose when it is stopped.
 _BATCH = 2048
@@ -126,7 +124,9 @@ def main(arguments: Sequence[str]) -> int:
             "generating needs vllm; install it: pip install 'cast-serve[cuda]', or "
             "'cast-serve[cpu]' where there is no NVIDIA GPU"
         )
-    with _held(output):
+    # Of two that write one file, each would ask for what the other has asked for.
+    lock_file = output.with_name(f".{output.name}.lock")
+    with lock(lock_file, of=output, command="cast-train generate"):
         _check_output(output, settings)
         from cast_serve.trainer.generation.write import write
 
@@ -173,25 +173,6 @@ def _settings(given: argparse.Namespace) -> Settings:
         text_key=given.text_key,
         **{name: getattr(given, name) for name in ranges},
     )
-
-
-@contextmanager
-def _held(output: Path) -> Iterator[None]:
-    """`output` is this process' alone: of two, each would write the other's requests again."""
-    lock = FileLock(output.with_name(f".{output.name}.lock"), blocking=False)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout as error:
-        raise RunError(
-            f"output: another cast-train generate is writing {output}; wait for it, or end it"
-        ) from error
-    except OSError as error:
-        raise RunError(f"output: cannot write {output}: {error.strerror}") from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _check_output(output: Path, settings: Settings) -> None:
