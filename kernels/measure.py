@@ -47,9 +47,10 @@ def interleaved_time_us(variants: Sequence[Sequence[Call]], *, repeats: int) -> 
 
     The variants take turns, so that a change of the GPU's clock meets all of them.
     """
-    # One pool: outputs are not looked at, and one set of them may be gigabytes.
-    pool = torch.cuda.graph_pool_handle()
-    graphs = [_captured(calls, pool) for calls in variants]
+    # One pool and stream: outputs are not looked at, and one set of them may be gigabytes. torch's
+    # own stream for captures is of the device that the process captured on first.
+    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+    graphs = [_captured(calls, pool, stream) for calls in variants]
     samples: list[list[float]] = [[] for _ in variants]
     for turn in range(WARM_UP + repeats):
         for calls, graph, taken in zip(variants, graphs, samples, strict=True):
@@ -69,13 +70,13 @@ def stream_time_us(call: Call) -> float:
     return start.elapsed_time(end) * 1000
 
 
-def _captured(calls: Sequence[Call], pool: Any) -> torch.cuda.CUDAGraph:
+def _captured(calls: Sequence[Call], pool: Any, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
     for call in calls:
         call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     # thread_local: another thread of a server may allocate meanwhile.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         for call in calls:
             call()
     return graph

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from engine_process import GPU_MEMORY
 from engine_worker import PROMPTS
 from safetensors.torch import load_file, save_file
 
@@ -20,8 +22,10 @@ PROGRAM = """
 import json, sys
 from vllm import LLM, SamplingParams
 
-prompts, first, *others = json.loads(sys.argv[1])
-llm = LLM(first, enforce_eager=True, max_model_len=128, distributed_executor_backend="uni")
+prompts, options, first, *others = json.loads(sys.argv[1])
+llm = LLM(
+    first, enforce_eager=True, max_model_len=128, distributed_executor_backend="uni", **options
+)
 
 def complete():
     completions = llm.generate(
@@ -42,7 +46,8 @@ print("ANSWERS " + json.dumps(answers))
 
 
 def answers(checkpoints: list[Path], environment: dict[str, str]) -> list[list[list[int]]]:
-    job = json.dumps([PROMPTS, *map(str, checkpoints)])
+    memory = GPU_MEMORY if torch.cuda.is_available() else {}
+    job = json.dumps([PROMPTS, memory, *map(str, checkpoints)])
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, job],
         env={

@@ -31,14 +31,18 @@ FLAGS = {
 def start(
     processes: int, model: Path, text: Path, output: Path, *more: str, **changes: object
 ) -> subprocess.CompletedProcess[str]:
-    """cast-train on `processes` processes; four sequences a step together."""
+    """cast-train on `processes` processes; four sequences a step together.
+
+    A change to None leaves the flag out.
+    """
     flags = FLAGS | {"batch-size": 4 // processes} | changes
     command = [sys.executable, "-m"]
     if processes > 1:
         command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
     command += ["cast_serve.trainer.main", "--model", str(model), "--data", str(text)]
     command += ["--output", str(output), "--allow-short-travel", *more]
-    command += [part for key, value in flags.items() for part in (f"--{key}", str(value))]
+    given = {key: value for key, value in flags.items() if value is not None}
+    command += [part for key, value in given.items() for part in (f"--{key}", str(value))]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
