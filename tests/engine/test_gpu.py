@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
-from engine_process import GPU_MEMORY, Answer, Engine
+from engine_process import Answer, Engine
 from features import FEATURES
 
 from cast_serve.model_loaders.convert import convert
@@ -21,7 +21,7 @@ from cast_serve.model_loaders.convert import convert
 pytestmark = [pytest.mark.engine, pytest.mark.gpu, pytest.mark.timeout(400)]
 
 EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "tiny-llama-2of4"
-COMPILED: dict[str, Any] = {"enforce_eager": False, **GPU_MEMORY}
+COMPILED: dict[str, Any] = {"enforce_eager": False}
 
 
 def graphs(mode: str) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def answers_alike(gpu_engine, stock) -> Callable[..., Answer]:
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param({"enforce_eager": True, **GPU_MEMORY}, id="eager"),
+        pytest.param({"enforce_eager": True}, id="eager"),
         pytest.param(graphs("NONE"), id="compiled"),
         pytest.param(graphs("PIECEWISE"), id="piecewise graphs"),
         pytest.param(graphs("FULL_DECODE_ONLY"), id="full graphs"),

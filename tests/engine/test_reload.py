@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_process import GPU_MEMORY
-from engine_worker import PROMPTS
+from engine_worker import GPU_MEMORY, PROMPTS
 from safetensors.torch import load_file, save_file
 
 from cast_serve.model_loaders.convert import convert

@@ -12,8 +12,6 @@ import pytest
 from engine_worker import SERVING
 
 WORKER = Path(__file__).with_name("engine_worker.py")
-# Of an engine on a GPU: not a share of what is free, which other tests on it change meanwhile.
-GPU_MEMORY = {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 1 << 28}
 
 
 @dataclass(frozen=True, kw_only=True)

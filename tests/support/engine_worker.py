@@ -7,6 +7,8 @@ import sys
 # On stderr, once the engine has started.
 SERVING = "ENGINE IS SERVING"
 PROMPTS = [[5, 6, 7, 8], [300, 12, 44, 190, 77, 3, 3, 9, 10]]
+# Of an engine on a GPU: not a share of what is free, which other tests on it change meanwhile.
+GPU_MEMORY = {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 1 << 28}
 
 
 def answer(job: dict) -> dict:
@@ -20,6 +22,8 @@ def answer(job: dict) -> dict:
     max_tokens = job.pop("max_tokens", 12)
     held = job.pop("held", None)
     options = {"enforce_eager": True, "max_model_len": 128, "distributed_executor_backend": "uni"}
+    if current_platform.is_cuda():
+        options |= GPU_MEMORY
     llm = LLM(**{**options, **job})
     try:
         if held:
