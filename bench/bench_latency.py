@@ -35,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(own)
     try:
         batches = numbers("--requests", given.requests)
+        if given.iterations < 1:
+            raise ValueError(f"--iterations {given.iterations}: needs 1 or more")
     except ValueError as error:
         print(f"bench_latency: {error}", file=sys.stderr)
         return 2

@@ -22,17 +22,17 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from cast_serve.bench.paths import known
 from cast_serve.bench.serving.arguments import (
     add_common_arguments,
     split_flags,
 )
 from cast_serve.bench.serving.engines import BASELINE, Engine, common_flags
 from cast_serve.bench.serving.loading_results import Row, load_or_empty, of_dense, print_rows
-from cast_serve.bench.serving.models import ServedModel, find_served_model
+from cast_serve.bench.serving.models import ServedModel, find_served_model, write_model
 from cast_serve.bench.serving.server import Server, ServerError
 from cast_serve.bench.serving.setting import Setting
 from cast_serve.bench.serving.weights import write_weights
+from cast_serve.model_loaders.write import new_folder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,13 +54,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"--repeats {given.repeats}: needs 1 or more")
         model = find_served_model(given.model)
         setting = Setting.find(engines=given.engines, commit=given.commit, logs=given.logs)
+        path = setting.result_path("load", given.out)
+        results = setting.earlier(path, load_or_empty)
     except ValueError as error:
         print(f"bench_load: {error}", file=sys.stderr)
         return 2
     setting.begin(console)
     env, logs = setting.env, setting.logs
-    path = setting.result_path("load", given.out)
-    results = load_or_empty(known(path))
     rows: list[Row] = []
     failed: dict[str, str] = {}
     for engine in setting.engines:
@@ -89,11 +89,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def checkpoint(engine: Engine, model: ServedModel, folder: Path) -> Path:
-    """The folder of `engine` under `folder`, its weights written where they are not there yet."""
-    path = engine.write_model(model, folder)
-    if not any(path.glob("*.safetensors")):
+    """The folder of `engine` under `folder`, made with its weights where it is not there yet."""
+    path = engine.model_folder(model, folder)
+    if not path.exists():
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        write_weights(model, path, sparse=engine.sparse, device=device)
+        with new_folder(path) as made:
+            write_model(model, made, sparse=engine.sparse)
+            write_weights(model, made, sparse=engine.sparse, device=device)
         # This process would take the memory from the servers.
         torch.cuda.empty_cache()
     return path

@@ -7,7 +7,8 @@
     python -m bench.bench_serve -- --tensor-parallel-size 2           flags for every server
 
 Engines   dense-bf16 and dense-fp8 (quantized while loading, W8A8) are stock vLLM, sparse-bf16 is
-          cast-serve; one after the other on the same machine with the same flags.
+          cast-serve; one after the other on the same machine with the same flags. cast-serve turns
+          triton.enable_pdl of torch.compile on, which stock vLLM leaves off.
 Roof      TPOT at one request cannot gain more than the step's bytes do: a 2:4 layer is 0.5625 of a
           dense one, and lm_head, attention and the KV cache stay what they are.
 Method    Weights are random (`--load-format dummy`), their shapes the model's. Each workload is
@@ -18,8 +19,8 @@ Method    Weights are random (`--load-format dummy`), their shapes the model's. 
 Breakdown After all workloads, those named run once more under torch.profiler; GPU time by kind of
           kernel, a step.
 Writes    serve-GPU.json under --out, after every workload; at the end its .md and .png. Breakdowns
-          go to breakdown-GPU.json. Rows of other engines, models and workloads stay. The last line
-          on stdout is one JSON object.
+          go to breakdown-GPU.json. Rows of other engines, models and workloads stay, if they were
+          measured on this machine with these versions. The last line on stdout is one JSON object.
 """
 
 import argparse
@@ -134,7 +135,7 @@ class Run:
         self.console = console
         self.path = setting.result_path("serve", options.out)
         self.breakdown_path = breakdown.beside(self.path)
-        self.results = load_or_empty(known(self.path))
+        self.results = setting.earlier(self.path, load_or_empty)
         self.breakdowns = breakdown.load_or_empty(known(self.breakdown_path))
         # By engine, or engine and workload, why.
         self.failed: dict[str, str] = {}

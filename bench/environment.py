@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from cast_serve.bench.paths import ROOT, is_checkout
+from cast_serve.kernels import cusparselt_abi
 
 # What benchmarks write themselves: one that ran before has not changed what is measured.
 _WRITTEN = (":!bench/results", ":!*.md")
@@ -107,11 +108,13 @@ def _version(*packages: str) -> str:
 
 
 def _cusparselt() -> str:
-    """The version that torch was built with, as NVIDIA writes it: 800 is 0.8.0."""
-    number = torch.backends.cusparselt.version()
-    if number is None:
+    """The version that is loaded, which need not be the one that torch was built with."""
+    if torch.version.cuda is None:
         return "none"
-    return f"{number // 1000}.{number // 100 % 10}.{number % 100}"
+    try:
+        return ".".join(map(str, cusparselt_abi.load().version))
+    except (cusparselt_abi.LibraryNotFoundError, cusparselt_abi.CusparseltError):
+        return "none"
 
 
 def _commit() -> str:

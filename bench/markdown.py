@@ -23,6 +23,12 @@ def table(header: list[str], rows: Iterable[list[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in lines]
 
 
+def with_spread(value: float, spread: float, *, times: int, digits: int) -> str:
+    """A median of `times` measurements ± largest less least; of one alone the value."""
+    shown = f"{value:.{digits}f}"
+    return shown if times == 1 else f"{shown} ± {spread:.{digits}f}"
+
+
 def table_by_model(
     header: Iterable[str],
     rows: Sequence[RowType],

@@ -13,6 +13,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Generic, Protocol, Self, TypeVar
 
+# What the runs of two rows share where one row can be said to be faster than the other.
+COMPARABLE = ("gpu", "driver", "cpu", "cuda", "torch", "triton", "vllm")
+
 
 class ResultError(ValueError):
     """A result file or a row does not hold what it must."""
@@ -49,6 +52,15 @@ class ResultFile(Generic[RowType]):
             runs={name: run for name, run in runs.items() if name in used},
             rows=tuple(joined.values()),
         )
+
+    def comparable(self, env: dict[str, Any]) -> Self:
+        """These results without the rows of runs on another machine or with other versions."""
+        rows = (
+            row
+            for row in self.rows
+            if all(self.runs[row.run].get(name) == env.get(name) for name in COMPARABLE)
+        )
+        return replace(self, rows=tuple(rows))
 
     def ran_on(self) -> str:
         """In Markdown, a paragraph: the runs, and the versions of each."""

@@ -27,9 +27,10 @@ from cast_serve.model_loaders.formats import (
     SPARSITY,
     Format,
     Scheme,
+    method_of,
     recognise,
 )
-from cast_serve.model_loaders.layers import find_layers, require_whole
+from cast_serve.model_loaders.layers import find_layers, require_served, require_whole
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
@@ -76,6 +77,7 @@ class CastConfig(QuantizationConfig):
         # vLLM's names of linears that the headers show to stay dense.
         self.dense_by_headers: frozenset[str] = frozenset()
         self.warned_mixed = False
+        self.warned_cut = False
         self.warned_not_offloaded = False
         # time.monotonic() when the first layer was made, and when the latest one was loaded.
         self.loading_began: float | None = None
@@ -123,7 +125,7 @@ class CastConfig(QuantizationConfig):
         hf_config: Any = None,
     ) -> str | None:
         """Take over 2:4 checkpoints of compressed-tensors, which vLLM itself refuses."""
-        if hf_quant_cfg.get("quant_method") != COMPRESSED_TENSORS:
+        if method_of(hf_quant_cfg) != COMPRESSED_TENSORS:
             return None
         sparsity = hf_quant_cfg.get("sparsity_config") or {}
         return QUANT_METHOD if sparsity.get("sparsity_structure") == SPARSITY else None
@@ -193,6 +195,7 @@ class CastConfig(QuantizationConfig):
         # Another one is declared by --hf-overrides.
         if checkpoint and recognise(checkpoint.config, checkpoint.path / CONFIG) == self.declared:
             layers = find_layers(checkpoint)
+            require_served(checkpoint, layers)
             if layers.scheme.format is Format.PLAIN:
                 # Not asked by find_layers: what is served must be whole, not all that is read.
                 require_whole(checkpoint, layers)
@@ -238,6 +241,17 @@ class CastConfig(QuantizationConfig):
                 layer,
                 sparse,
                 dense,
+            )
+
+    def warn_cut(self, layer: str, columns: int) -> None:
+        """Say once that layers run dense for how tensor parallelism cuts them."""
+        if not self.warned_cut:
+            self.warned_cut = True
+            logger.warning(
+                "%s runs dense, and so do other layers like it: %d of its columns are a rank's, "
+                "which is no multiple of 8; a smaller --tensor-parallel-size keeps it packed",
+                layer,
+                columns,
             )
 
     def warn_not_offloaded(self) -> None:

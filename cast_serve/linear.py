@@ -87,6 +87,8 @@ class CastLinearMethod(LinearMethodBase):
             options.setdefault(_DEPENDENT_LAUNCH, True)
         # Names of the op's metadata on the layer; empty: the layer runs dense.
         self.metadata_names: tuple[str, ...] = ()
+        # Matrices that vLLM puts side by side in the layer; ids of parts count those.
+        self.slots = len(parts)
         # Of this rank: [N, K], zeros among its weights once loaded, and what runs it; None: dense.
         self.shape = (0, 0)
         self.zeros = 0
@@ -114,6 +116,7 @@ class CastLinearMethod(LinearMethodBase):
         Raises:
             ValueError: K is cut where no bitmask byte ends.
         """
+        self.slots = len(output_partition_sizes)
         rows, columns = self.shape = sum(output_partition_sizes), input_size_per_partition
         if self.sparse and columns % COLUMNS_PER_BYTE:
             if self.config.scheme.format is not Format.PLAIN:
@@ -122,6 +125,8 @@ class CastLinearMethod(LinearMethodBase):
                     f"{columns} columns a rank, not a multiple of {COLUMNS_PER_BYTE}; "
                     "use a smaller --tensor-parallel-size"
                 )
+            if columns < input_size:
+                self.config.warn_cut(self.prefix, columns)
             self.sparse = False
         self.layer = layer
         self.load_part = extra_weight_attrs["weight_loader"]
@@ -138,9 +143,14 @@ class CastLinearMethod(LinearMethodBase):
                 data=data, input_dim=1, output_dim=0, weight_loader=self._loader(name)
             )
             layer.register_parameter(name, parameter)
-        if self.sparse and current_platform.is_cuda():
-            problem = Problem.on(self.device, N=rows, K=columns, dtype=params_dtype)
-            warm_ahead(problem, self.device)
+        if self.sparse and self.config.scheme.format is not Format.PLAIN:
+            self._begin_kernels()
+
+    def _begin_kernels(self) -> None:
+        """Make them ready beside the loading, once it is known that the layer needs any."""
+        if current_platform.is_cuda():
+            rows, columns = self.shape
+            warm_ahead(Problem.on(self.device, N=rows, K=columns, dtype=self.dtype), self.device)
 
     def _loader(self, inlet: str) -> Callable[..., None]:
         # vLLM keeps loaders for ever, and through them would keep a layer that is long gone.
@@ -275,6 +285,7 @@ class CastLinearMethod(LinearMethodBase):
         if packed is None:
             self._pass_on("weight", part["weight"], part_id)
         elif self.sparse:
+            self._begin_kernels()
             values, bitmask = packed
             self._pass_on("compressed", values, part_id)
             self._pass_on("bitmask", bitmask, part_id)
@@ -381,9 +392,16 @@ class CastLinearMethod(LinearMethodBase):
         """The parts that vLLM calls `part_id`; all of them if the checkpoint stores them fused."""
         if part_id is None or len(self.parts) == 1:
             return self.parts
-        if isinstance(part_id, tuple):
-            return tuple(self.parts[index] for index in part_id)
-        return (self.parts[_QKV[part_id] if isinstance(part_id, str) else part_id],)
+        ids = part_id if isinstance(part_id, tuple) else (part_id,)
+        slots = [_QKV[one] if isinstance(one, str) else one for one in ids]
+        if len(self.parts) == self.slots:
+            return tuple(self.parts[slot] for slot in slots)
+        # A linear may fill several slots, as q, k and v of Qwen3.5 do, beside z. Where it is
+        # neither the first nor the last one, nothing says which it is.
+        begins, ends = 0 in slots, self.slots - 1 in slots
+        if begins == ends:
+            return self.parts
+        return self.parts[:1] if begins else self.parts[-1:]
 
     def _is_left_dense(self, part_id: PartId) -> bool:
         """Whether a part that is stored dense is not to be sparse, whatever config.json says."""

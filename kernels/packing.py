@@ -134,12 +134,10 @@ def unpack(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"a bitmask is uint8, got {str(mask.dtype).removeprefix('torch.')}")
     rows, columns = values.shape[0], values.shape[1] * 2
     weight = values.new_zeros(rows, columns)
-    first, second = (table.to(values.device) for table in _MASK_COLUMNS)
     for block in _row_blocks(rows, columns):
         code = _nibbles(mask[block])
-        kept = torch.stack((first[code], second[code]), dim=1).long()
         groups = values.new_zeros(code.numel(), GROUP)
-        groups.scatter_(1, kept, values[block].reshape(-1, KEPT))
+        groups.scatter_(1, _kept_columns(code), values[block].reshape(-1, KEPT))
         weight[block] = groups.reshape(weight[block].shape)
     return weight
 
@@ -200,19 +198,14 @@ def check_packed_shapes(values: tuple[int, ...], mask: tuple[int, ...]) -> None:
         )
 
 
-def _mask_columns() -> tuple[torch.Tensor, torch.Tensor]:
-    """The columns of the two slots for each mask nibble; nibbles without two bits map anywhere."""
-    pairs = []
-    for code in range(16):
-        columns = [column for column in range(GROUP) if code >> column & 1]
-        pairs.append(tuple(columns) if len(columns) == KEPT else (0, 1))
-    return (
-        torch.tensor([low for low, _ in pairs], dtype=torch.uint8),
-        torch.tensor([high for _, high in pairs], dtype=torch.uint8),
-    )
+def _kept_columns(code: torch.Tensor) -> torch.Tensor:
+    """Nibbles [G] with two bits set -> the columns of those, int64 [G, 2], ascending.
 
-
-_MASK_COLUMNS = _mask_columns()
+    Computed, since a CUDA graph cannot capture a table's copy to the device.
+    """
+    before = ((code & 0b0001) == 0).to(torch.uint8) * (1 + ((code & 0b0011) == 0))
+    behind = ((code & 0b1000) == 0).to(torch.uint8) * (1 + ((code & 0b1100) == 0))
+    return torch.stack((before, GROUP - 1 - behind), dim=1).long()
 
 
 def _row_blocks(rows: int, columns: int) -> list[slice]:

@@ -78,12 +78,12 @@ def prepare_all(
 
 @functools.cache
 def failures() -> tuple[type[Exception], ...]:
-    """What a kernel raises that a GPU, driver or compiler does not take."""
+    """What a kernel raises that a GPU, driver or compiler does not take, or has no compiler for."""
     if importlib.util.find_spec("triton") is None:
-        return (RuntimeError,)
+        return RuntimeError, ImportError
     from triton.errors import TritonError
 
-    return RuntimeError, TritonError
+    return RuntimeError, ImportError, TritonError
 
 
 def _threads() -> int:

@@ -92,9 +92,11 @@ def warm_ahead(problem: Problem, device: torch.device) -> None:
 
 
 def _warm_if_known(problem: Problem, device: torch.device) -> bool:
-    known = known_plan(problem) is not None
-    if known:
-        _warm(problem, device)
+    # Each thread has a current device of its own, at first GPU 0, which may be another rank's.
+    with torch.cuda.device(device):
+        known = known_plan(problem) is not None
+        if known:
+            _warm(problem, device)
     return known
 
 

@@ -34,18 +34,23 @@ class Checkpoint:
         """Read config.json, the index and every header of the folder `path`.
 
         Raises:
-            CheckpointError: no such folder, no or broken config.json, no safetensors, a missing,
-                truncated or damaged shard, or an index that does not fit the shards.
+            CheckpointError: no such folder or no permission to read it, no or broken config.json,
+                no safetensors, a missing, truncated or damaged shard, or an index that does not
+                fit the shards.
         """
-        if not path.is_dir():
-            raise CheckpointError(
-                path,
-                "is a file; give the folder that holds config.json and the weights"
-                if path.exists()
-                else "no such folder",
-            )
-        config = read_json(path / CONFIG, "a checkpoint folder needs one")
-        return cls(path=path, config=config, entries=_entries(path))
+        try:
+            if not path.is_dir():
+                raise CheckpointError(
+                    path,
+                    "is a file; give the folder that holds config.json and the weights"
+                    if path.exists()
+                    else "no such folder",
+                )
+            config = read_json(path / CONFIG, "a checkpoint folder needs one")
+            return cls(path=path, config=config, entries=_entries(path))
+        except OSError as error:
+            # Of a folder on the way that may not be searched, or a name that is too long.
+            raise CheckpointError(path, f"cannot be read: {error.strerror}") from error
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor in memory of its own.

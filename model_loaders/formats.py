@@ -1,6 +1,7 @@
 """Which format a config.json declares, and which modules it claims are 2:4."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -72,6 +73,11 @@ class Scheme:
         return None
 
 
+def method_of(declared: Mapping[str, Any]) -> str:
+    """quant_method of a quantization_config as it is compared: in lower case and with dashes."""
+    return str(declared.get("quant_method", "")).lower().replace("_", "-")
+
+
 def recognise(config: dict[str, Any], file: Path) -> Scheme:
     """The scheme that the config.json `config` declares.
 
@@ -88,7 +94,7 @@ def recognise(config: dict[str, Any], file: Path) -> Scheme:
         return Scheme(format=Format.PLAIN)
     if not isinstance(declared, dict):
         raise CheckpointError(file, "quantization_config is not a JSON object")
-    method = str(declared.get("quant_method", "")).lower().replace("_", "-")
+    method = method_of(declared)
     if method == QUANT_METHOD:
         return _ours(declared, file)
     if method == COMPRESSED_TENSORS:

@@ -31,7 +31,7 @@ _EMBEDDING = re.compile(r"embed|^(?:wte|wpe|shared|relative_attention_bias)$")
 _ROUTERS = {"gate", "router", "shared_expert_gate"}
 _CONV1D = {"c_attn", "q_attn", "c_proj", "c_fc"}
 
-MOE_EXPERT = "MoE expert"
+OUTSIDE, MOE_EXPERT = "outside the layers", "MoE expert"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +109,25 @@ def require_whole(checkpoint: Checkpoint, layers: Layers) -> None:
     require_complete(checkpoint, shapes | others)
 
 
+def require_served(checkpoint: Checkpoint, layers: Layers) -> None:
+    """Check that vLLM has a layer for every linear that is stored packed.
+
+    It has none for what its own kernels run: experts, routers and the head. compressed-tensors
+    packs those, too; `cast-model unpack` reads them.
+
+    Raises:
+        CheckpointError: it has none for one.
+    """
+    for linear in layers.linears:
+        stored, last = linear.tensors[0], linear.name.rpartition(".")[2]
+        kind = "lm_head" if last == "lm_head" else why_by_place(linear.name)
+        if stored.endswith(VALUES) and kind not in (None, OUTSIDE):
+            raise checkpoint.error(
+                stored,
+                f"is packed, and vLLM runs no packed {kind}; serve what cast-model unpack makes",
+            )
+
+
 def is_transposed(model_type: object, module: str) -> bool:
     """Whether the dense weight of `module` is [in, out] on disk: the Conv1D layers of GPT-2."""
     return model_type == "gpt2" and module.rpartition(".")[2] in _CONV1D
@@ -117,7 +136,7 @@ def is_transposed(model_type: object, module: str) -> bool:
 def why_by_place(module: str) -> str | None:
     """Why linear `module` stays dense by where it is in the model, unless it is stored packed."""
     if not _LAYER_NUMBER.search(module):
-        return "outside the layers"
+        return OUTSIDE
     if ".experts." in module:
         return MOE_EXPERT
     return "MoE router" if module.rpartition(".")[2] in _ROUTERS else None

@@ -35,7 +35,7 @@ from cast_serve.model_loaders.layers import (
 from cast_serve.model_loaders.memory import empty
 from cast_serve.model_loaders.rounding import dequantize_rows
 
-# Rows go through in blocks, as packing takes about 20 bytes an entry and sorting for a mask 30.
+# Rows go through in blocks, as packing takes about 20 bytes an entry and a mask 9.
 # Small ones: temporaries of 1 << 18 and up fragment the heap (20 to 40 MB), and are no faster.
 _BLOCK_ENTRIES = 1 << 15
 

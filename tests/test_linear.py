@@ -113,6 +113,43 @@ def test_plain_layer_whose_width_no_bitmask_byte_divides(vllm_config):
     assert_is_dense(method, layer, weight)
 
 
+def test_a_part_of_several_matrices(vllm_config, monkeypatch):
+    """q, k and v of Qwen3.5's linear attention are one linear of the checkpoint, z is another."""
+    monkeypatch.setenv("CAST_SERVE_KERNEL", "reference")
+    rows = {(0, 1, 2): slice(24), 3: slice(24, N)}
+    parts = (Part(name="in_proj_qkv", sparse=True), Part(name="in_proj_z", sparse=True))
+    layer = Module()
+    with set_current_vllm_config(vllm_config):
+        method = CastLinearMethod(CastConfig(Scheme(format=Format.PACKED)), "in_proj_qkvz", parts)
+        method.create_weights(
+            *(layer, K, [8, 8, 8, 8], K, N, torch.float32),
+            weight_loader=lambda into, tensor, part_id: into.data[rows[part_id]].copy_(tensor),
+        )
+    values, mask = random_packed(N, K, torch.float32, "cpu")
+    missing = []
+    for part_id, own in rows.items():
+        for inlet, tensor in (("compressed", values), ("bitmask", mask)):
+            parameter = layer.get_parameter(inlet)
+            parameter.weight_loader(parameter, tensor[own], part_id)
+        missing.append(set(method.missing))
+    assert missing == [{"in_proj_z"}, set()]
+    method.process_weights_after_loading(layer)
+    assert torch.equal(layer.weight_packed, values)
+
+
+def test_plain_layer_that_ranks_cut_too_narrow(vllm_config, caplog):
+    with set_current_vllm_config(vllm_config):
+        method = CastLinearMethod(
+            CastConfig(), "layers.0.down_proj", (Part(name="layers.0.down_proj", sparse=True),)
+        )
+        method.create_weights(
+            *(Module(), 12, [N], 24, N, torch.float32), weight_loader=lambda into, tensor: None
+        )
+    assert not method.sparse
+    assert "layers.0.down_proj runs dense" in caplog.text
+    assert "12 of its columns are a rank's" in caplog.text
+
+
 def test_dense_weight_that_overflows_the_dtype(vllm_config):
     """Of a layer that turns out not to be 2:4: vLLM would serve infinity."""
     method, layer = made(vllm_config, Format.PLAIN, dtype=torch.float16)

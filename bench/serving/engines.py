@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cast_serve.bench.serving.models import ServedModel, write_model
 from cast_serve.bench.serving.vllm_command import MODULE
+from cast_serve.model_loaders.write import new_folder
 
 # The engine whose numbers the others' are divided by.
 BASELINE = "dense-bf16"
@@ -36,11 +37,16 @@ class Engine:
         """Arguments of a Python that runs `vllm bench BENCHMARK` on the folder `model`."""
         return ["-m", MODULE, benchmark, "--model", str(model), *self.flags, *flags]
 
+    def model_folder(self, model: ServedModel, folder: Path) -> Path:
+        """Where under `folder` this engine's form of the model is."""
+        return folder / f"{model.name}-{'2of4' if self.sparse else 'dense'}"
+
     def write_model(self, model: ServedModel, folder: Path) -> Path:
         """The model folder of this engine under `folder`, made where it is not there yet."""
-        path = folder / f"{model.name}-{'2of4' if self.sparse else 'dense'}"
+        path = self.model_folder(model, folder)
         if not path.exists():
-            write_model(model, path, sparse=self.sparse)
+            with new_folder(path) as made:
+                write_model(model, made, sparse=self.sparse)
         return path
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from cast_serve.bench.markdown import table_by_model
+from cast_serve.bench.markdown import table_by_model, with_spread
 from cast_serve.bench.result_file import ResultFile, positive, read, sibling
 from cast_serve.bench.serving.engines import BASELINE
 
@@ -96,7 +96,7 @@ def cells(row: Row, rows: Sequence[Row]) -> list[str]:
     weights = "-" if row.weights_gib is None else f"{row.weights_gib:.2f}"
     return [
         row.engine,
-        cell(f"{row.load_s:.2f} ± {row.spread_s:.2f}", "load_s"),
+        cell(with_spread(row.load_s, row.spread_s, times=row.repeats, digits=2), "load_s"),
         f"{row.start_s:.0f}",
         cell(weights, "weights_gib"),
         cell(f"{row.kv_tokens:,}", "kv_tokens"),

@@ -88,8 +88,8 @@ def find_served_model(name: str) -> ServedModel:
 
 
 def write_model(model: ServedModel, folder: Path, *, sparse: bool) -> None:
-    """Write config.json, generation_config.json and a tokenizer into the new `folder`."""
-    folder.mkdir(parents=True)
+    """Write config.json, generation_config.json and a tokenizer into `folder`, made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
     for name, content in (
         ("config.json", config(model, sparse=sparse)),
         ("generation_config.json", {"bos_token_id": BOS, "eos_token_id": EOS}),

@@ -16,9 +16,8 @@ from typing import Any
 
 from rich.console import Console
 
-from cast_serve.bench.paths import known
 from cast_serve.bench.serving.engines import Engine, common_flags
-from cast_serve.bench.serving.models import find_served_model
+from cast_serve.bench.serving.models import ServedModel, find_served_model
 from cast_serve.bench.serving.offline_results import Row, load_or_empty, print_rows, speedup
 from cast_serve.bench.serving.process import end, start, tail
 from cast_serve.bench.serving.server import ServerError, Startup
@@ -66,6 +65,18 @@ def add_lengths(
     parser.add_argument("--output-len", type=int, default=output_len, metavar="TOKENS")
 
 
+def _require_room(given: argparse.Namespace, model: ServedModel) -> None:
+    """Raise ValueError for lengths that an engine would refuse after its start."""
+    for flag, tokens in (("--input-len", given.input_len), ("--output-len", given.output_len)):
+        if tokens < 1:
+            raise ValueError(f"{flag} {tokens}: needs 1 or more")
+    if given.input_len + given.output_len > model.max_model_len:
+        raise ValueError(
+            f"--input-len {given.input_len} --output-len {given.output_len}: {model.name} is "
+            f"served with {model.max_model_len} tokens a request at most"
+        )
+
+
 def run(given: argparse.Namespace, jobs: Sequence[Job], flags: Sequence[str]) -> int:
     """Measure `jobs` on the engines of the command line `given`; print and write everything.
 
@@ -76,14 +87,15 @@ def run(given: argparse.Namespace, jobs: Sequence[Job], flags: Sequence[str]) ->
     benchmark = jobs[0].benchmark
     try:
         model = find_served_model(given.model)
+        _require_room(given, model)
         setting = Setting.find(engines=given.engines, commit=given.commit, logs=given.logs)
+        path = setting.result_path(benchmark, given.out)
+        results = setting.earlier(path, load_or_empty)
     except ValueError as error:
         print(f"bench_{benchmark}: {error}", file=sys.stderr)
         return 2
     setting.begin(console)
     env, logs = setting.env, setting.logs
-    path = setting.result_path(benchmark, given.out)
-    results = load_or_empty(known(path))
     every = [*common_flags(model, on_gpu=setting.on_gpu), *flags]
     failed: dict[str, str] = {}
     rows: list[Row] = []

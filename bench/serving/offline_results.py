@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from cast_serve.bench.markdown import table_by_model
+from cast_serve.bench.markdown import table_by_model, with_spread
 from cast_serve.bench.result_file import ResultFile, positive, read, sibling
 from cast_serve.bench.serving.engines import BASELINE
 
@@ -94,7 +94,7 @@ def cells(row: Row, rows: Sequence[Row]) -> list[str]:
         str(row.input_len),
         str(row.output_len),
         row.engine,
-        f"{row.seconds:.3f} ± {row.spread_s:.3f}",
+        with_spread(row.seconds, row.spread_s, times=row.iterations, digits=3),
         f"{row.output_tokens_per_s:.0f}" + (f" ({ratio:.2f})" if ratio else ""),
         "-" if row.weights_gib is None else f"{row.weights_gib:.2f}",
         f"{row.kv_tokens:,}",

@@ -61,8 +61,10 @@ def markdown(results: Results, plot: str | None, beside: Sequence[str] = ()) -> 
         "",
         "Dense vLLM and cast-serve one after the other on the same machine with the same flags, "
         "weights random, driven by `vllm.benchmarks.serve`: greedy, eos ignored, no prefix "
-        "caching. A cell is the median of the repeats ± largest less least, in brackets how much "
-        "better than dense bf16. cN: N requests at a time, 512 tokens in and 256 out; prefill-N: "
+        "caching. cast-serve has torch.compile's kernels launched early (`triton.enable_pdl`), "
+        "stock vLLM runs as it comes. A cell is the median of the repeats ± largest less least, in "
+        "brackets how much better than dense bf16. cN: N requests at a time, 512 tokens in and 256 "
+        "out; prefill-N: "
         "N in and 1 out, one at a time; mixed: lengths as ShareGPT's, 64 at a time. Written by "
         "`python -m bench.render`; `make bench-serve` measures again.",
     ]

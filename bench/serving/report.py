@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from cast_serve.bench.markdown import with_spread
 from cast_serve.bench.serving.engines import BASELINE
 from cast_serve.bench.serving.floors import floor_of, judge
 from cast_serve.bench.serving.results import Ratios, Row, baseline_of
@@ -53,18 +54,21 @@ def cells(row: Row, rows: Sequence[Row], gpu: str) -> list[str]:
         floor = floor_of(row, metric, gpu)
         return f" ({ratio:.2f}{' ✗' if floor is not None and ratio < floor.ratio else ''})"
 
+    def shown(value: float, spread: float, digits: int, metric: str) -> str:
+        return with_spread(value, spread, times=row.repeats, digits=digits) + against(metric)
+
     tpot = "-"
-    if row.tpot_ms is not None:
-        tpot = f"{row.tpot_ms:.2f} ± {row.tpot_spread_ms:.2f}{against('tpot')}"
-    tokens = f"{row.output_tokens_per_s:.0f} ± {row.output_tokens_per_s_spread:.0f}"
+    if row.tpot_ms is not None and row.tpot_spread_ms is not None:
+        tpot = shown(row.tpot_ms, row.tpot_spread_ms, 2, "tpot")
+    tokens = (row.output_tokens_per_s, row.output_tokens_per_s_spread)
     return [
         row.workload,
         row.engine,
-        f"{row.ttft_ms:.1f} ± {row.ttft_spread_ms:.1f}{against('ttft')}",
+        shown(row.ttft_ms, row.ttft_spread_ms, 1, "ttft"),
         f"{row.ttft_p99_ms:.1f}",
         tpot,
         "-" if row.tpot_p99_ms is None else f"{row.tpot_p99_ms:.2f}",
-        f"{tokens}{against('output_tokens_per_s')}",
+        shown(*tokens, 0, "output_tokens_per_s"),
         "-" if row.weights_gib is None else f"{row.weights_gib:.2f}",
         f"{row.kv_tokens:,}",
     ]

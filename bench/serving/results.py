@@ -107,6 +107,11 @@ class Row:
     def key(self) -> tuple[str, str, str, str]:
         return (self.engine, self.model, self.workload, self.flags)
 
+    @property
+    def requests(self) -> tuple[int, int | None, int | None, int]:
+        """What the workload was made of, which may be another one under the same name."""
+        return (self.concurrency, self.input_len, self.output_len, self.num_prompts)
+
 
 Results = ResultFile[Row]
 
@@ -132,9 +137,9 @@ class Ratios:
 
 
 def baseline_of(row: Row, rows: Iterable[Row]) -> Row | None:
-    """The baseline's row of the same model, workload and flags."""
+    """The baseline's row of the same model, flags and workload, of the same requests."""
     for other in rows:
-        if other.key == (BASELINE, *row.key[1:]):
+        if other.key == (BASELINE, *row.key[1:]) and other.requests == row.requests:
             return other
     return None
 

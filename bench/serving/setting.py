@@ -3,6 +3,7 @@
 import signal
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 from rich.console import Console
 
 from cast_serve.bench import environment
+from cast_serve.bench.paths import known
 from cast_serve.bench.report import print_environment
+from cast_serve.bench.result_file import ResultFile, RowType
 from cast_serve.bench.serving.arguments import refuse_forced_kernel
 from cast_serve.bench.serving.engines import Engine, find_engines
 
@@ -49,6 +52,26 @@ class Setting:
     def result_path(self, benchmark: str, out: Path) -> Path:
         """The result file of `benchmark` for this GPU, under `out`."""
         return out / f"{benchmark}-{environment.slug(self.env['gpu'])}.json"
+
+    def earlier(
+        self, path: Path, load: Callable[[Path], ResultFile[RowType]]
+    ) -> ResultFile[RowType]:
+        """What is known of `path`, to go on from: rows that this run's can be compared with.
+
+        Others are counted on stderr; the file that is written has them no longer.
+
+        Raises:
+            ResultError: the file there is holds something else.
+        """
+        found = load(known(path))
+        kept = found.comparable(self.env)
+        if left := len(found.rows) - len(kept.rows):
+            print(
+                f"{left} rows of {known(path)} are of another machine or other versions, and not "
+                f"compared with: {found.ran_on()}",
+                file=sys.stderr,
+            )
+        return kept
 
     def begin(self, console: Console) -> None:
         """Print it; from now on SIGTERM ends what is started, which its default action does not."""

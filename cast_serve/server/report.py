@@ -12,6 +12,7 @@ from cast_serve.config import READS_CHECKPOINT
 from cast_serve.envs import ForcedKernel, forced_kernel
 from cast_serve.model_loaders.checkpoint import Checkpoint
 from cast_serve.model_loaders.formats import QUANT_METHOD
+from cast_serve.model_loaders.layers import find_layers, require_served
 from cast_serve.model_loaders.summary import Summary, summarise
 
 UNPACKED = "unpacked while loading, then run dense by vLLM"
@@ -32,10 +33,14 @@ def report(model: str, quantization: str | None, cache_bytes: int | None) -> Non
         CheckpointError: the checkpoint cannot be served.
     """
     console = Console(stderr=True)
-    if not Path(model).exists() and not _looks_like_path(model):
-        console.print(f"{model} is no folder here: vLLM looks it up, and it is checked on loading.")
+    if not _is_here(model) and not _looks_like_path(model):
+        found = f"{model} is no folder here: vLLM looks it up, and it is checked on loading."
+        console.print(found, markup=False)
         return
-    summary = summarise(Checkpoint.open(Path(model)))
+    checkpoint = Checkpoint.open(Path(model))
+    layers = find_layers(checkpoint)
+    require_served(checkpoint, layers)
+    summary = summarise(checkpoint, layers=layers)
     outlook = outlook_of_sparse(forced_kernel(), on_gpu=current_platform.is_cuda())
     table = _table(summary, quantization, outlook)
     if cache_bytes:
@@ -63,6 +68,14 @@ def outlook_of_sparse(forced: ForcedKernel | None, *, on_gpu: bool) -> str:
     if forced is not None:
         return f"packed, all run by one kernel: {forced}"
     return PACKED if on_gpu else UNPACKED
+
+
+def _is_here(model: str) -> bool:
+    """Whether there is something of that name; also where permission to look is missing."""
+    try:
+        return Path(model).exists()
+    except OSError:
+        return True
 
 
 def _looks_like_path(model: str) -> bool:

@@ -272,7 +272,7 @@ class Forced:
         return linear_2of4(x, self.weight.values, list(self.weight.metadata), bias)
 
 
-@pytest.fixture(params=list(KERNELS))
+@pytest.fixture(params=list(NAMED))
 def forced(request, monkeypatch, forget_plans) -> Forced:
     layer = layer_of(512, 1024, BF16, "cuda")
     supported(request.param, layer)

@@ -4,6 +4,8 @@ import dataclasses
 import logging
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -19,6 +21,22 @@ from cast_serve.kernels.selection import NoKernel, plan_for, warm, warm_ahead
 pytestmark = pytest.mark.usefixtures("forget_plans", "empty_user_cache")
 
 LAYERS = sorted({(layer.N, layer.K) for layers in SHAPES.values() for layer in layers})
+
+
+@pytest.fixture
+def devices(monkeypatch) -> list[torch.device]:
+    """GPUs without a driver: those that are current, the innermost last."""
+    current: list[torch.device] = []
+
+    @contextmanager
+    def enter(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", enter)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return current
 
 
 def first_guess(kernel: str) -> Plan:
@@ -201,22 +219,33 @@ def test_cached_plan_of_a_config_that_there_is_not(monkeypatch, caplog):
     assert cache.read(problem()) == plan
 
 
-def test_warm_raises_what_stopped_the_thread_ahead_of_it(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+def test_warm_raises_what_stopped_the_thread_ahead_of_it(devices):
     device = torch.device("cuda", 0)
     warm_ahead(problem(capability=(7, 5)), device)
     with pytest.raises(NoKernel, match="sm_75"):
         warm(problem(capability=(7, 5)), device)
 
 
-def test_nothing_is_timed_ahead(monkeypatch, empty_user_cache):
+def test_a_plan_is_looked_for_on_the_layers_own_gpu(monkeypatch, devices):
+    """A thread starts on GPU 0, on which a kernel that is asked would make a context."""
+    asked: list[torch.device | None] = []
+    monkeypatch.setattr(
+        selection, "known_plan", lambda of: asked.append(devices[-1] if devices else None)
+    )
+    monkeypatch.setattr(selection, "_warm", lambda of, device: None)
+    device = torch.device("cuda", 1)
+    warm_ahead(problem(), device)
+    warm(problem(), device)
+    assert asked == [device]
+
+
+def test_nothing_is_timed_ahead(monkeypatch, devices, empty_user_cache):
     """What the machine does meanwhile would be in the times."""
     warmed = []
 
     def note(of: Problem, device: torch.device) -> None:
         warmed.append((of, threading.current_thread() is threading.main_thread()))
 
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(selection, "_warm", note)
     device = torch.device("cuda", 0)
     unknown, shipped_for = problem(N=768, K=1280), problem(*LAYERS[0], gpu="NVIDIA H200")
@@ -229,7 +258,7 @@ def test_nothing_is_timed_ahead(monkeypatch, empty_user_cache):
 
 
 @pytest.mark.parametrize("first_is_known", [False, True])
-def test_nothing_goes_on_beside_once_a_layer_is_warm(monkeypatch, first_is_known):
+def test_nothing_goes_on_beside_once_a_layer_is_warm(monkeypatch, devices, first_is_known):
     """Kernels are timed next, or a library's handle is used: see `prepare.SERIAL`."""
     first, second = problem(N=768, K=1280), problem(N=1024, K=1280)
     known = {second} | ({first} if first_is_known else set())
@@ -241,7 +270,6 @@ def test_nothing_goes_on_beside_once_a_layer_is_warm(monkeypatch, first_is_known
         time.sleep(0.2 if of == second else 0)
         busy.remove(of)
 
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(selection, "known_plan", lambda of: "plan" if of in known else None)
     monkeypatch.setattr(selection, "_warm", take_a_while)
     device = torch.device("cuda", 0)

@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from cast_serve.bench.bench_load import main
+from cast_serve.bench import bench_load
+from cast_serve.bench.bench_load import checkpoint, main
+from cast_serve.bench.serving.engines import ENGINES
 from cast_serve.bench.serving.loading_results import Row, lines, load_or_empty, of_dense
+from cast_serve.bench.serving.models import find_served_model
 
 DENSE = Row(
     engine="dense-bf16",
@@ -61,3 +64,17 @@ def test_lines(tmp_path: Path, env) -> None:
 def test_refuses(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
     assert capsys.readouterr().err.startswith(f"bench_load: {message}")
+
+
+def test_checkpoint_that_was_not_written_whole(tmp_path: Path, monkeypatch) -> None:
+    """Else every later run starts engines on what there is of it."""
+    engine, model = ENGINES[0], find_served_model("tiny")
+
+    def interrupt(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as during, pytest.raises(KeyboardInterrupt):
+        during.setattr(bench_load, "write_weights", interrupt)
+        checkpoint(engine, model, tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert (checkpoint(engine, model, tmp_path) / "model.safetensors").exists()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cast_serve.bench import bench_latency, bench_throughput
+from cast_serve.bench import bench_latency, bench_load, bench_throughput
 from cast_serve.bench.arguments import numbers
 from cast_serve.bench.serving.arguments import refuse_forced_kernel, split_flags
 from cast_serve.bench.serving.engines import find_engines
@@ -84,6 +84,24 @@ def test_refuses(program, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--requests 0: needs numbers from 1 on" in capsys.readouterr().err
     assert program.main(["--engines", "sparse-int8"]) == 2
     assert "no engine 'sparse-int8'; there is dense-bf16, " in capsys.readouterr().err
+    assert program.main(["--output-len", "0"]) == 2
+    assert "--output-len 0: needs 1 or more" in capsys.readouterr().err
+    assert program.main(["--model", "tiny", "--input-len", "1000000"]) == 2
+    assert "tiny is served with" in capsys.readouterr().err
+
+
+def test_iterations(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_latency.main(["--iterations", "0"]) == 2
+    assert "--iterations 0: needs 1 or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program", [bench_latency, bench_throughput, bench_load])
+def test_result_file_of_another_version(program, tmp_path: Path, capsys) -> None:
+    name = program.__name__.rpartition("_")[2]
+    for path in (tmp_path / f"{name}-{gpu}.json" for gpu in ("cpu", "nvidia")):
+        path.write_text('{"env": {}, "runs": {}, "rows": [{"engine": "dense-bf16"}]}')
+    assert program.main(["--model", "tiny", "--out", str(tmp_path)]) == 2
+    assert "row 0 lacks, or should not have: " in capsys.readouterr().err
 
 
 def test_fp8_is_for_gpus() -> None:

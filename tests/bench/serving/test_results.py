@@ -1,12 +1,14 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from cast_serve.bench.result_file import ResultError
 from cast_serve.bench.serving.floors import FLOORS, judge
-from cast_serve.bench.serving.report import summarize
+from cast_serve.bench.serving.report import cells, summarize
 from cast_serve.bench.serving.results import Ratios, Results, baseline_of, load, load_or_empty
+from cast_serve.bench.serving.setting import Setting
 
 
 def test_save_load_roundtrip(result_file: Path, results: Results) -> None:
@@ -30,6 +32,8 @@ def test_row_is_median_and_spread(row) -> None:
     assert repeated.tpot_spread_ms == pytest.approx(1.0)
     assert repeated.output_tokens_per_s == pytest.approx(1000 / 1.1)
     assert repeated.output_tokens_per_s_spread == pytest.approx(1000 - 1000 / 1.2)
+    once, thrice = (cells(one, [], "NVIDIA H200")[2] for one in (row(), repeated))
+    assert (once, thrice) == ("20.0", "22.0 ± 4.0")
 
 
 def test_prefill_row_has_no_tpot(row) -> None:
@@ -74,6 +78,25 @@ def test_ratios_need_the_same_flags(row) -> None:
     dense = row("dense-bf16", flags=("--enforce-eager",))
     assert baseline_of(row("sparse-bf16"), [dense]) is None
     assert Ratios.of(row("sparse-bf16"), None) == Ratios(None, None, None)
+
+
+def test_ratios_need_the_same_requests(row) -> None:
+    """A workload may have had other lengths when the baseline was measured."""
+    dense = replace(row("dense-bf16"), input_len=1024)
+    assert baseline_of(row("sparse-bf16"), [dense]) is None
+
+
+@pytest.mark.parametrize("name", ["driver", "vllm", "cpu"])
+def test_rows_of_other_versions_are_not_gone_on_from(
+    result_file: Path, results: Results, env, tmp_path: Path, capsys, name: str
+) -> None:
+    """What they would be divided by is not what the engine gained."""
+    here = Setting(env=env("two"), engines=(), left_out={}, logs=tmp_path)
+    assert here.earlier(result_file, load_or_empty) == results
+    assert capsys.readouterr().err == ""
+    updated = replace(here, env=env("two") | {name: "another"})
+    assert updated.earlier(result_file, load_or_empty).rows == ()
+    assert f"{len(results.rows)} rows of {result_file} are of" in capsys.readouterr().err
 
 
 def test_floors(results: Results) -> None:
