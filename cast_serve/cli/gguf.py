@@ -1,11 +1,13 @@
 """A GGUF file as a Hugging Face checkpoint folder, its weights dequantized."""
 
+import struct
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 from cast_serve.model_loaders.errors import CheckpointError
 from cast_serve.model_loaders.write import new_folder
+from cast_serve.trainer.errors import first_line
 
 _MAGIC = b"GGUF"
 
@@ -52,6 +54,8 @@ def _save(file: Path, folder: Path, dtype: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    from cast_serve.trainer.source import LOADING_ERRORS
+
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
@@ -59,17 +63,19 @@ def _save(file: Path, folder: Path, dtype: str) -> None:
     try:
         read = AutoModelForCausalLM.from_pretrained(**place, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(**place)
-    # What transformers and gguf raise for an architecture or a file they cannot read.
-    except (ValueError, KeyError, IndexError, NotImplementedError, OSError) as error:
-        raise CheckpointError(file, f"transformers cannot read it: {error}") from error
-    # transformers marks a model read from GGUF as quantized and refuses to save it, so its
-    # weights move to a model made from the config.
-    config = read.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-    model.load_state_dict(read.state_dict(), assign=True)
+        # transformers marks a model read from GGUF as quantized and refuses to save it, so its
+        # weights move to a model made from the config.
+        config = read.config
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        model.load_state_dict(read.state_dict(), assign=True)
+    # Where the lengths in it lead beyond its end.
+    except struct.error as error:
+        raise CheckpointError(file, f"is cut off or damaged: {error}; get it again") from error
+    except LOADING_ERRORS as error:
+        raise CheckpointError(file, f"transformers cannot read it: {first_line(error)}") from error
     model.tie_weights()
     model.generation_config = read.generation_config
     model.save_pretrained(folder)

@@ -24,8 +24,11 @@ def measure_on(
         text: files as cast-train reads them.
         context: tokens per window; None: 1024 or the model's limit.
         text_key: key or column of the text in .jsonl and .parquet; None is "text".
+
+    Raises:
+        CheckpointError: one of them names no text; `measure` too, where it cannot be read.
     """
-    sources = tuple(DataSource(place=str(path)) for path in text)
+    sources = tuple(_source(path) for path in text)
     # Its bars of loading would break up the one of the conversion.
     disable_progress_bar()
 
@@ -45,3 +48,10 @@ def measure_on(
         }
 
     return measure
+
+
+def _source(path: Path) -> DataSource:
+    try:
+        return DataSource(place=str(path))
+    except RunError as error:
+        raise CheckpointError(path, str(error)) from error

@@ -176,7 +176,7 @@ def _number(key: str, value: Any, kind: type[int] | type[float]) -> int | float:
         raise error
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise error from None
     if number != number or (kind is int and number not in (float("inf"),) and number % 1):
         raise error

@@ -272,8 +272,10 @@ def _refuse_what_differs(given: dict[str, Any]) -> None:
 def _refuse_what_nobody_reads(base: RunConfig, methods: list[str]) -> None:
     """A flag that all methods of `methods` would be given at its default."""
     vain = [given_in_vain(rule_of(method), base) for method in methods]
+    # One-shot methods look at nothing of these but at the pattern.
+    read = {"pattern"} if set(ONE_SHOT) & set(methods) else set()
     for key in vain[0]:
-        if all(key in keys for keys in vain):
+        if key not in read and all(key in keys for keys in vain):
             of = ", ".join(METHODS_OF[key])
             raise RunError(f"{key}: is of {of} alone, and --methods names none of these")
 
@@ -347,13 +349,22 @@ def _job(
 
 def _check(jobs: list[Job]) -> None:
     """Refuse before hours of work what would be refused after them."""
-    from cast_serve.trainer.run_dir import read_run
+    from cast_serve.trainer.run_dir import check_folders, read_run
     from cast_serve.trainer.train import run
 
     jobs[0].questions.check()
     for job in jobs:
         if (job.config.run_dir / "run.json").is_file():
             read_run(job.config)
-        elif job.config.method == "cast" and not job.finished and len(jobs) > 1:
+            continue
+        if job.finished:
+            # Nothing else says what it was trained with: it may be another eta or budget.
+            raise RunError(
+                f"output: {job.config.output} is finished, and {job.config.run_dir}/run.json, "
+                "which says with what settings, is gone; put it back, or remove the output and "
+                "run again"
+            )
+        check_folders(job.config)
+        if job.config.method == "cast" and len(jobs) > 1:
             # Its travel may be too short; a run by itself says so at once.
             run(replace(job.config, dry_run=True), Console(quiet=True))

@@ -64,7 +64,7 @@ def evaluate_once(questions: Questions, model: Path, name: str, config: RunConfi
             model=model,
             text=questions.text,
             zero_shot=questions.zero_shot,
-            context=config.context,
+            context=config.context if questions.text else None,
             device=config.device,
             batch_size=max(1, _TOKENS // (config.context or 1024)),
         )

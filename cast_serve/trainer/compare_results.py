@@ -90,12 +90,13 @@ def write_results(jobs: Sequence[Job], folder: Path) -> list[Row]:
 
     _require_same_text(jobs)
     rows = [read_row(job) for job in jobs]
-    config = jobs[0].config
+    configs = [job.config for job in jobs]
+    config = configs[0]
     evaluation = _record(config)["evaluation"]
     on_gpu = takes_gpu(config.device)
     setting = {
         "model": config.model.resolve().name,
-        "pattern": config.pattern,
+        "pattern": next((c.pattern for c in configs if c.method != "dense"), config.pattern),
         "data": [source.name for source in config.data],
         "evaluated_on": evaluation["on"],
         "evaluation_tokens": evaluation["tokens"],

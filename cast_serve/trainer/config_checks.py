@@ -23,7 +23,10 @@ METHODS_OF = {
     "scale_baselines": ("fixed-mask", "sr-ste", "ast"),
     "mask_metric": ("cast", "sr-ste", "ast"),
     "mask_interval": ("cast", "ast"),
+    "pattern": ("cast", "fixed-mask", "sr-ste", "ast"),
 }
+# Of them those that are the same in every row of a comparison, or that its methods are named after.
+_OF_NO_ROW = ("initial_mask", "start", "pattern")
 
 
 def check(config: "RunConfig") -> None:
@@ -57,14 +60,11 @@ def given_in_vain(method: str, config: "RunConfig") -> list[str]:
 
 
 def own_settings(config: "RunConfig") -> dict[str, Any]:
-    """The keys that some methods alone look at and that are not at their defaults.
-
-    `initial_mask` and `start` are not among them: a comparison names its methods after them.
-    """
+    """What tells a row of a comparison from others: keys of some methods, not at their defaults."""
     return {
         key: getattr(config, key)
         for key, default in _defaults(config).items()
-        if key not in ("initial_mask", "start") and getattr(config, key) != default
+        if key not in _OF_NO_ROW and getattr(config, key) != default
     }
 
 
@@ -113,6 +113,8 @@ def _check_teacher(config: "RunConfig") -> None:
     for key in ("teacher", "temperature"):
         if config.eta == 0 and getattr(config, key) != getattr(defaults, key):
             raise RunError(f"{key}: with eta 0 no teacher is asked; leave it out")
+    if config.eta == 0 and config.loss == "liger":
+        raise RunError("loss: with eta 0 there is no KL for liger to compute; use chunked")
     if config.teacher != "cached":
         if config.teacher_top_k != defaults.teacher_top_k:
             raise RunError("teacher_top_k: is of teacher=cached; leave it out")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from cast_serve.trainer.arguments import Parser
 from cast_serve.trainer.config import RunConfig
 from cast_serve.trainer.data_source import DataSource
-from cast_serve.trainer.errors import RunError
+from cast_serve.trainer.errors import RunError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -141,13 +141,13 @@ def _run_config(given: argparse.Namespace) -> RunConfig:
 
 def _empty_model(model: str) -> "PreTrainedModel":
     from cast_serve.trainer.capacity import empty_model
+    from cast_serve.trainer.source import LOADING_ERRORS
 
     config = _model_config(model)
     try:
         return empty_model(config)
-    except ValueError as error:
-        # The second line has all classes that can.
-        reason = str(error).strip().split("\n")[0].rstrip(".")
+    except LOADING_ERRORS as error:
+        reason = first_line(error).rstrip(".")
         raise RunError(
             f"model: {model} makes no causal language model: {reason}; give a folder of one, or "
             f"one of {', '.join(_LLAMA_2)}"
@@ -157,13 +157,14 @@ def _empty_model(model: str) -> "PreTrainedModel":
 def _model_config(model: str) -> Any:
     from transformers import AutoConfig, LlamaConfig
 
+    from cast_serve.trainer.source import LOADING_ERRORS
+
     if model in _LLAMA_2:
         return LlamaConfig(**_LLAMA_2[model])
     try:
         return AutoConfig.from_pretrained(model, local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except LOADING_ERRORS as error:
         raise RunError(
-            f"model: no configuration in {model}: {reason}; give a folder with a config.json, or "
-            f"one of {', '.join(_LLAMA_2)}"
+            f"model: no configuration in {model}: {first_line(error)}; give a folder with a "
+            f"config.json, or one of {', '.join(_LLAMA_2)}"
         ) from error

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from cast_serve.model_loaders.errors import CheckpointError
 from cast_serve.trainer.config import RunConfig
@@ -69,7 +70,7 @@ def write_training_form(
         source: the dense checkpoint, whose config.json, tokenizer and licence are kept.
         ignore: linear layers that stay dense.
     """
-    model.save_pretrained(target, state_dict=_untied(model, weights))
+    _save_weights(model, weights, target)
     # The source's own config: transformers adds its defaults to the one in memory.
     quantization = {
         "quant_method": "cast",
@@ -105,7 +106,9 @@ def publish(
         training_form: folder of write_training_form.
         dtype: of the packed or dense weights.
     """
-    staging = config.output.with_name(f".{config.output.name}.partial")
+    # Where a link leads: it stays, and what is renamed must be of one disk.
+    output = config.output.resolve()
+    staging = output.with_name(f".{output.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)
     if config.export_form == "training":
         shutil.copytree(training_form, staging)
@@ -117,7 +120,7 @@ def publish(
     else:
         write_dense(model, weights, config.model, staging, dtype)
         _write_json(staging / "cast.json", provenance)
-    _replace(staging, config.output)
+    _replace(staging, output)
 
 
 def write_dense(
@@ -130,17 +133,22 @@ def write_dense(
     """An ordinary HF checkpoint of the pruned and folded model: stock names, no extra tensors."""
     stock = {
         name: tensor.to(dtype)
-        for name, tensor in _untied(model, weights).items()
+        for name, tensor in weights.items()
         if not name.endswith(".cast_scale")
     }
-    model.save_pretrained(target, state_dict=stock)
+    _save_weights(model, stock, target)
     _write_config(source, target, dtype, {})
     copy_companions(source, target)
 
 
-def _untied(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Without the names under which a tied weight is known a second time."""
-    return {name: one for name, one in weights.items() if name not in model.all_tied_weights_keys}
+def _save_weights(model: PreTrainedModel, weights: dict[str, torch.Tensor], target: Path) -> None:
+    """Write `weights` under their stock names, each tied one once."""
+    untied = {name: one for name, one in weights.items() if name not in model.all_tied_weights_keys}
+    # transformers reads generation defaults that it refuses to write, such as Llama 2's temperature
+    # without do_sample. What is kept of them is the source's file.
+    model.generation_config = GenerationConfig()
+    model.save_pretrained(target, state_dict=untied)
+    (target / GENERATION_CONFIG_NAME).unlink(missing_ok=True)
 
 
 def _write_config(source: Path, target: Path, dtype: torch.dtype, extra: dict[str, Any]) -> None:

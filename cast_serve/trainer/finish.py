@@ -105,6 +105,6 @@ def _export(
             dtype=source.output_dtype(config.dtype),
             provenance=provenance,
         )
-        # Only the last checkpoint is left of the intermediate forms.
+        # Of the intermediate forms the last `save_limit` checkpoints are left, for --resume.
         shutil.rmtree(training_form)
         write_plots(read_history(config.run_dir), config.run_dir / "plots")

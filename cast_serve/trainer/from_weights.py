@@ -18,8 +18,7 @@ from cast_serve.kernels.packing import unpack
 from cast_serve.model_loaders.checkpoint import Checkpoint
 from cast_serve.model_loaders.layers import WEIGHT, is_transposed
 from cast_serve.model_loaders.stream import PackedLinear, stream
-from cast_serve.trainer.errors import RunError
-from cast_serve.trainer.source import require_whole
+from cast_serve.trainer.source import loading, require_whole
 
 
 def unpacked(
@@ -47,18 +46,15 @@ def build_model(
     Raises:
         RunError: transformers knows no such model or tokenizer, or a weight is missing.
     """
-    try:
+    with loading(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         config = _unquantized(AutoConfig.from_pretrained(folder, local_files_only=True))
         kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         # Not the constructor and load_state_dict: names may have changed between releases.
-        model, loading = kind.from_pretrained(
+        model, found = kind.from_pretrained(
             None, config=config, state_dict=weights, dtype=torch.float32, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise RunError(f"model: cannot load {folder}: {reason}") from error
-    require_whole(folder, model, loading)
+    require_whole(folder, model, found)
     return model, tokenizer
 
 

@@ -21,7 +21,7 @@ from cast_serve.trainer.data import BlockStream
 from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.layers import LayerChoice, scaled_layers
 from cast_serve.trainer.methods.start import calibration_ids
-from cast_serve.trainer.oneshot.prune import collect
+from cast_serve.trainer.oneshot.prune import block_of, collect
 from cast_serve.trainer.run_dir import IMPORTANCE
 
 
@@ -64,7 +64,8 @@ def measure(
     names = [layer.name for layer in layers if layer.dense_because is None]
     training = model.training
     model.eval()
-    squares = collect(model, names, ids, squared=True)
+    # Not on to the head, whose logits are many times what is asked for.
+    squares = collect(model, names, ids, squared=True, until=block_of(names[-1]))
     model.train(training)
     return {name: (square / ids.numel()).sqrt().cpu() for name, square in squares.items()}
 

@@ -25,11 +25,8 @@ from cast_serve.trainer.data import Corpus
 from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.layers import LayerChoice
 from cast_serve.trainer.masks import Progress, progress, weight_mask
-from cast_serve.trainer.schedule import Schedule
+from cast_serve.trainer.schedule import Schedule, whole_steps
 from cast_serve.trainer.teacher_cache import cache_bytes
-
-# The schedule is summed step by step: beyond this the plan alone would take minutes.
-_MOST_STEPS = 10**8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,15 +101,11 @@ def step_count(config: RunConfig, *, train_blocks: int, context: int, processes:
     """
     per_step = config.batch_size * config.gradient_accumulation * processes
     if config.steps is not None:
-        steps = config.steps
-    elif config.tokens is not None:
-        steps = math.ceil(config.tokens / (per_step * context))
-    else:
-        epochs = 1.0 if config.epochs is None else config.epochs
-        steps = max(1, math.ceil(epochs * train_blocks / per_step))
-    if steps > _MOST_STEPS:
-        raise RunError(f"the budget is {steps:.3g} steps; give one of at most {_MOST_STEPS:.3g}")
-    return steps
+        return whole_steps(config.steps)
+    if config.tokens is not None:
+        return whole_steps(config.tokens / (per_step * context))
+    epochs = 1.0 if config.epochs is None else config.epochs
+    return whole_steps(epochs * train_blocks / per_step)
 
 
 def token_budget(config: RunConfig, *, context: int, processes: int = 1) -> int | None:
@@ -146,7 +139,11 @@ def make_plan(
     processes: int = 1,
     sources: tuple[PlannedSource, ...] = (),
 ) -> Plan:
-    """The plan for `model`, dense and untouched, under `config`."""
+    """The plan for `model`, dense and untouched, under `config`.
+
+    Raises:
+        RunError: the budget is more than any run could take, or there is no rate to train with.
+    """
     schedule = Schedule(
         steps=step_count(config, train_blocks=train_blocks, context=context, processes=processes),
         warmup=config.warmup,
@@ -157,7 +154,12 @@ def make_plan(
     sparse = [choice for choice in layers if choice.dense_because is None]
     magnitudes = progress(_masked_weights(model, sparse, config))
     travels = config.method == "cast" and config.pruned_first is None
-    lr = config.lr if config.lr is not None else _default_lr(config, schedule, magnitudes.masked)
+    # One step without warm-up ends where it begins.
+    if not (reach := schedule.reach()):
+        raise RunError(
+            "lr_floor: 0 is the rate of the run's only step; give more steps, or a floor above 0"
+        )
+    lr = config.lr if config.lr is not None else _default_lr(config, reach, magnitudes.masked)
     return Plan(
         model_name=type(model).__name__,
         layers=tuple(layers),
@@ -174,7 +176,7 @@ def make_plan(
         lr=lr,
         lambda_=lambda_,
         magnitudes=magnitudes,
-        travel=_travel(lr, schedule, magnitudes.masked) if travels else None,
+        travel=_travel(lr, reach, magnitudes.masked) if travels else None,
         memory=memory(Shape.of(model, config), config, context=context, processes=processes),
         sources=sources,
         teacher_disk=cache_bytes(
@@ -212,11 +214,11 @@ def check_travel(plan: Plan, *, allowed: bool) -> str | None:
     )
 
 
-def _travel(lr: float, schedule: Schedule, masked: float) -> float:
-    return lr * schedule.reach() / masked if masked else math.inf
+def _travel(lr: float, reach: float, masked: float) -> float:
+    return lr * reach / masked if masked else math.inf
 
 
-def _default_lr(config: RunConfig, schedule: Schedule, masked: float) -> float:
+def _default_lr(config: RunConfig, reach: float, masked: float) -> float:
     if config.method != "cast":
         return DEFAULT_ADAMW_LR
     if not masked:
@@ -224,7 +226,7 @@ def _default_lr(config: RunConfig, schedule: Schedule, masked: float) -> float:
             "lr: must be given: the default brings masked weights to zero, and all of this model's "
             "are zero already; train the dense model that it was made from, or give lr"
         )
-    return min(HIGHEST_DEFAULT_LR, TRAVEL_ADVISED * masked / schedule.reach())
+    return min(HIGHEST_DEFAULT_LR, TRAVEL_ADVISED * masked / reach)
 
 
 def _masked_weights(

@@ -18,8 +18,7 @@ from cast_serve.trainer.errors import RunError
 
 T = TypeVar("T")
 
-# The first process may tokenise a corpus, or ask the teacher about all of it, while others wait;
-# where one dies, torchrun ends them all.
+# The first process may tokenise a corpus while others wait; where one dies, torchrun ends them all.
 _PATIENCE = timedelta(hours=12)
 
 

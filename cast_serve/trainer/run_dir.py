@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from cast_serve.trainer.config import RunConfig
+from cast_serve.trainer.config_checks import unread_defaults
 from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.lock import lock
+from cast_serve.trainer.output import require_free, require_writable
 
 STAGING = ".staging"
 IMPORTANCE = "importance.safetensors"
@@ -69,6 +71,7 @@ def held(config: RunConfig) -> Iterator[None]:
         try:
             # Until it was locked, another process may have written.
             check_folders(config)
+            require_writable(config.output)
             yield
         finally:
             # Before it is released: after that, another process may have it.
@@ -79,7 +82,7 @@ def held(config: RunConfig) -> Iterator[None]:
 
 
 def check_folders(config: RunConfig) -> None:
-    """Refuse to overwrite a model or a run, and to resume what is not there.
+    """Refuse to overwrite a model or a run, to write into one, and to resume what is not there.
 
     Raises:
         RunError: says which folder, and what to do.
@@ -88,12 +91,16 @@ def check_folders(config: RunConfig) -> None:
     for folder in (output, run_dir):
         if folder.exists() and not folder.is_dir():
             raise RunError(f"output: {folder} is a file; name another folder or remove it")
+    if os.path.ismount(output.resolve()):
+        raise RunError(
+            f"output: {output} is a mount point, and what is written replaces the folder; name one "
+            f"in it, such as {output / 'sparse'}"
+        )
     if config.resume:
         if not (run_dir / "run.json").is_file():
             raise RunError(f"resume: {run_dir} holds no run; leave --resume out to start one")
         return
-    if output.is_dir() and any(output.iterdir()):
-        raise RunError(f"output: {output} is not empty; name another folder or remove it")
+    require_free(output, source=config.model)
     # There before the run is recorded, and left where that was cut off.
     early = ("teacher", IMPORTANCE, f"{IMPORTANCE}.part", "run.json.part", _LOCK)
     if run_dir.exists() and any(path.name not in early for path in run_dir.iterdir()):
@@ -141,7 +148,8 @@ def read_run(config: RunConfig) -> Fixed:
     now = config.identity()
     changed = [
         f"{key} was {_shown(before.get(key))}, is {_shown(now.get(key))}"
-        for key in sorted({*before, *now})
+        # Runs were begun with keys that their method does not look at.
+        for key in sorted({*before, *now} - unread_defaults(config.method, config).keys())
         if before.get(key) != now.get(key)
     ]
     if changed:

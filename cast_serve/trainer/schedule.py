@@ -7,6 +7,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from cast_serve.trainer.errors import RunError
+
+# The schedule is summed step by step: beyond this the plan alone would take minutes.
+_MOST_STEPS = 10**8
+
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
@@ -52,6 +57,17 @@ class Schedule:
     def factor(self) -> Callable[[int], float]:
         """The rate for torch's LambdaLR, which counts updates from 0."""
         return lambda done: self.rate(done + 1)
+
+
+def whole_steps(budget: float) -> int:
+    """Optimizer steps of `budget` of them; a part of a step is rounded up.
+
+    Raises:
+        RunError: more than any run could take.
+    """
+    if budget > _MOST_STEPS:
+        raise RunError(f"the budget is {budget:.3g} steps; give one of at most {_MOST_STEPS:.3g}")
+    return max(1, math.ceil(budget))
 
 
 def decay_share(t: int, steps: int, *, ramp: float) -> float:

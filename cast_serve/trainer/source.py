@@ -2,11 +2,14 @@
 
 import json
 import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -18,7 +21,15 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from cast_serve.trainer.config import DEFAULT_CONTEXT
-from cast_serve.trainer.errors import RunError
+from cast_serve.trainer.errors import RunError, first_line
+from cast_serve.trainer.layers import blocks_name
+
+# What transformers raises for files that it can make no model or tokenizer of.
+LOADING_ERRORS = (
+    *(OSError, ValueError, LookupError, RuntimeError, SafetensorError, StrictDataclassError),
+    # It computes with a config's numbers, and looks up its names, before it asks what they are.
+    *(ArithmeticError, AssertionError, AttributeError, TypeError),
+)
 
 _COMPANIONS = (
     "tokenizer*",
@@ -60,25 +71,38 @@ def load_source(folder: Path) -> Source:
         RunError: no such folder, no config, already quantized or sparse, damaged or unknown.
     """
     config = read_config(folder)
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "unknown")
+    quantization = config.get("quantization_config")
+    # null is how some tools write that there is none.
+    if quantization is not None:
+        known = isinstance(quantization, dict)
+        method = quantization.get("quant_method", "unknown") if known else "unknown"
         raise RunError(
             f"model: {folder} is quantized or sparse already (quant_method {method}); "
             "give the dense checkpoint it was made from"
         )
-    try:
+    with loading(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         # dtype="auto" reads the files' own, which from_pretrained(dtype=float32) would hide.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", local_files_only=True, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise RunError(f"model: cannot load {folder}: {reason}") from error
-    model, loading = loaded
-    require_whole(folder, model, loading)
+    model, found = loaded
+    require_whole(folder, model, found)
     dtype = model.dtype
     return Source(folder=folder, model=model.float(), tokenizer=tokenizer, dtype=dtype)
+
+
+@contextmanager
+def loading(folder: Path) -> Iterator[None]:
+    """Where transformers reads `folder`.
+
+    Raises:
+        RunError: it cannot, in the first line of its own words.
+    """
+    try:
+        yield
+    except LOADING_ERRORS as error:
+        raise RunError(f"model: cannot load {folder}: {first_line(error)}") from error
 
 
 def load_empty_source(folder: Path, dtype: torch.dtype) -> Source:
@@ -95,19 +119,45 @@ def load_empty_source(folder: Path, dtype: torch.dtype) -> Source:
     return Source(folder=folder, model=model, tokenizer=tokenizer, dtype=dtype)
 
 
-def require_whole(folder: Path, model: PreTrainedModel, loading: dict[str, Any]) -> None:
-    """Refuse weights that transformers made up, or that cannot be trained from."""
+def require_whole(folder: Path, model: PreTrainedModel, found: dict[str, Any]) -> None:
+    """Refuse weights that transformers made up or left out, or that cannot be trained from.
+
+    Args:
+        found: what transformers says of loading.
+
+    Raises:
+        RunError: names a weight.
+    """
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     for what in ("missing_keys", "mismatched_keys"):
-        names = {key if isinstance(key, str) else key[0] for key in loading[what]} - tied
+        names = {key if isinstance(key, str) else key[0] for key in found[what]} - tied
         if names:
             raise RunError(
                 f"model: {folder} is incomplete: {min(names)} is "
                 f"{'missing' if what == 'missing_keys' else 'of another shape than the model'}"
             )
+    if left_out := _of_blocks(model, found["unexpected_keys"]):
+        raise RunError(
+            f"model: {folder} holds {min(left_out)}, which the model of its config.json does not "
+            "have; give the config.json that belongs to the weights"
+        )
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():
             raise RunError(f"model: {folder}: {name} holds a NaN or an infinity")
+
+
+def _of_blocks(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
+    """Those of `names` that are weights of decoder blocks.
+
+    Others are of parts that this model has no use for, or buffers that older releases wrote.
+    """
+    weights = [name for name in names if name.endswith(".weight")]
+    if not weights:
+        return []
+    blocks = blocks_name(model) + "."
+    # Some checkpoints leave out the model's own prefix (GPT-2: `h.0` for `transformer.h.0`).
+    short = blocks.removeprefix(f"{model.base_model_prefix}.")
+    return [name for name in weights if name.startswith((blocks, short))]
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -91,6 +91,10 @@ class TeacherCache:
         for path in sorted(folder.glob("shard-*.safetensors")):
             self._read_places(path)
 
+    def __len__(self) -> int:
+        """Sequences that are there."""
+        return len(self._places)
+
     def missing(self, sequences: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
         """Those of `sequences`, each int64 [context], that are not there, each once."""
         seen = set(self._places)
@@ -100,8 +104,10 @@ class TeacherCache:
                 seen.add(digest)
                 yield ids
 
-    def fill(self, sequences: Iterable[torch.Tensor], teacher: Teacher, *, batch_size: int) -> None:
-        """Compute and write what is missing, shard by shard.
+    def fill(
+        self, sequences: Iterable[torch.Tensor], teacher: Teacher, *, batch_size: int
+    ) -> Iterator[int]:
+        """Compute and write what is missing; how many are there, after each shard.
 
         Raises:
             RunError: the disk is full or cannot be written.
@@ -116,6 +122,7 @@ class TeacherCache:
                 batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
                 parts = [self._compute(torch.stack(batch), teacher) for batch in batches]
                 self._write({key: torch.cat([part[key] for part in parts]) for key in parts[0]})
+                yield len(self)
         except (OSError, SafetensorError) as error:
             raise RunError(
                 f"teacher: cannot write {self._folder}: {error}; free space and start again, or "

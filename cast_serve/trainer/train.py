@@ -1,6 +1,7 @@
 """One CAST run from a dense checkpoint to the sparse one: plan, train, finish (finish.py)."""
 
 import math
+from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 from importlib.util import find_spec
@@ -307,20 +308,28 @@ def _fill_teacher_cache(
     console: Console,
     processes: Processes,
 ) -> TeacherCache:
-    """The cache of the untouched dense model's top tokens, computed by the first process."""
+    """The cache of the untouched dense model's top tokens, computed by the first process.
+
+    Shard by shard, because the others wait for each: all of them may take longer than they wait.
+    """
     origin = Origin.of(config, source.model, data_sha256=corpus.sha256, context=plan.context)
     folder = config.run_dir / "teacher"
 
-    def fill() -> None:
+    def fill() -> Iterator[int]:
         cache = TeacherCache(folder, origin)
         sequences = partial(sequences_of, blocks, len(blocks))
         if next(cache.missing(sequences()), None) is None:
             return
-        console.print(f"computing the teacher's top {config.teacher_top_k}", markup=False)
+        yield len(cache)
         teacher = make_teacher(source.model, config, processes)
-        cache.fill(sequences(), teacher, batch_size=config.batch_size)
+        yield from cache.fill(sequences(), teacher, batch_size=config.batch_size)
 
-    processes.on_first(fill)
+    shards, most = fill(), min(len(blocks), plan.train_blocks)
+    while (done := processes.on_first(lambda: next(shards, None))) is not None:
+        console.print(
+            f"teacher's top {config.teacher_top_k}: {done} of at most {most} sequences",
+            markup=False,
+        )
     return TeacherCache(folder, origin)
 
 

@@ -1,6 +1,7 @@
 """`cast-model import` on a GGUF file that the gguf package writes."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -140,11 +141,22 @@ def test_import_refuses_two_files(tmp_path: Path) -> None:
     assert "holds 2 .gguf files; name one" in refused(tmp_path / "in", tmp_path / "out")
 
 
-def test_import_refuses_truncated(tmp_path: Path) -> None:
+@pytest.mark.parametrize("length", [5, 20, 100, 5000, -5000])
+def test_import_refuses_truncated(tmp_path: Path, length: int) -> None:
     file = tmp_path / "tiny.gguf"
     write_gguf(file)
-    file.write_bytes(file.read_bytes()[:-5000])
-    assert "transformers cannot read it" in refused(file, tmp_path / "out")
+    file.write_bytes(file.read_bytes()[:length])
+    says = "is cut off or damaged" if length > 0 else "transformers cannot read it"
+    assert says in refused(file, tmp_path / "out")
+
+
+@pytest.mark.parametrize("place", [8, 16, 30, 2000])
+def test_import_refuses_damaged_lengths(tmp_path: Path, place: int) -> None:
+    file = tmp_path / "tiny.gguf"
+    write_gguf(file)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:place] + b"\xff" * 8 + whole[place + 8 :])
+    assert re.search("is cut off|cannot read it", refused(file, tmp_path / "out"))
 
 
 def test_import_refuses_unknown_architecture(tmp_path: Path) -> None:

@@ -107,6 +107,13 @@ def test_bad_flags(pruned: Path, tmp_path: Path, flags: list[str], says: str) ->
     assert result.exit_code == 2 and says in result.stderr
 
 
+def test_a_text_of_the_hub_that_is_none_is_one_line(pruned: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = cast_model("quantize", pruned, "--fp8", "-o", out, "--text", "hub:a:b:c")
+    assert result.exit_code == 1 and "'hub:a:b:c' names no data set; write" in result.stderr
+    assert not out.exists()
+
+
 def test_missing_text_is_one_line(pruned: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = cast_model("quantize", pruned, "--fp8", "-o", out, "--text", tmp_path / "no.txt")

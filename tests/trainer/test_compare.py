@@ -24,7 +24,7 @@ from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.evaluate import mean_loss, to_perplexity
 from cast_serve.trainer.gradient import Gradient
 from cast_serve.trainer.main import main
-from cast_serve.trainer.run_dir import held
+from cast_serve.trainer.run_dir import Fixed, held, read_run, write_run
 from cast_serve.trainer.source import load_source
 
 REQUIRED = ["--model", "m", "--data", "a.txt", "--tokens", "1000"]
@@ -209,6 +209,25 @@ def test_compare_refuses_another_setting_in_the_same_folder(flags, capsys, tmp_p
     assert "pattern was" in capsys.readouterr().err
 
 
+def test_compare_knows_no_settings_of_a_run_whose_record_is_gone(flags, capsys, tmp_path):
+    only = [*flags, "--methods", "magnitude", "--lr", "", "--lambda", ""]
+    assert main(only) == 0
+    shutil.rmtree(tmp_path / "out/oneshot-magnitude-seed0.run")
+    assert main([*only, "--scaling-blocks", "4"]) == 2
+    error = capsys.readouterr().err
+    assert "oneshot-magnitude-seed0 is finished, and" in error
+    assert "is gone; put it back, or remove the output and run again" in error
+
+
+def test_compare_writes_nothing_to_the_folder_of_the_model(flags, llama_dir, capsys, tmp_path):
+    folder = shutil.copytree(llama_dir, tmp_path / "model")
+    held = sorted(folder.iterdir())
+    places = ["--model", str(folder), "--output", str(folder / "runs")]
+    assert main([*flags, *places, "--jobs", "2"]) == 2
+    assert "is in the folder that is read" in capsys.readouterr().err
+    assert sorted(folder.iterdir()) == held
+
+
 def test_a_one_shot_prune_has_one_writer(flags, capsys):
     only = [*flags, "--methods", "magnitude", "--lr", "", "--lambda", ""]
     (job,) = parse_comparison(only[1:]).jobs
@@ -351,6 +370,10 @@ def test_compare_varies_one_flag_at_a_time(flags, tmp_path):
             ["--methods", "cast:sparsegpt,dense", "--vary", "masked-rate=4"],
             "vary: masked_rate is of cast alone, not of dense; give --methods cast:sparsegpt",
         ),
+        (
+            ["--methods", "dense", "--pattern", "1:4"],
+            "pattern: is of cast, fixed-mask, sr-ste, ast alone, and --methods names none of these",
+        ),
         (["--resume"], "resume: it differs from run to run; leave it out"),
         (["--dry-run"], "dry_run: it differs from run to run"),
         (["--batch", "4"], "unrecognized arguments: --batch"),
@@ -382,6 +405,32 @@ def test_methods_are_given_what_is_of_them():
     assert with_metric == {"cast", "sr-ste", "ast"}
     assert {name for name, config in given.items() if config.decay_ramp == 0.1} == {"cast"}
     assert {name for name, config in given.items() if config.masked_rate == 4} == {"cast"}
+
+
+def test_the_pattern_is_of_all_that_are_sparse():
+    given = {job.method: job.config for job in jobs("--pattern", "1:4")}
+    assert given.pop("dense").pattern == "2:4"
+    assert {config.pattern for config in given.values()} == {"1:4"}
+    assert not any(own_settings(config) for config in given.values())
+
+
+def test_a_run_goes_on_whatever_its_method_does_not_look_at(tmp_path):
+    given = ["--methods", "dense", "--output", str(tmp_path)]
+    (job,) = parse_comparison([*REQUIRED, *given]).jobs
+    fixed = Fixed(
+        steps=1,
+        context=8,
+        sequences_per_step=1,
+        lr=1e-3,
+        lambda_=0.0,
+        data_sha256="",
+        dense_loss=1.0,
+    )
+    write_run(job.config, fixed)
+    record = json.loads((job.config.run_dir / "run.json").read_text())
+    record["config"]["pattern"] = "1:4"
+    (job.config.run_dir / "run.json").write_text(json.dumps(record))
+    assert read_run(job.config) == fixed
 
 
 def test_a_rate_in_yaml_is_refused(tmp_path):

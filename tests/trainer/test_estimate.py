@@ -171,6 +171,23 @@ def test_refused_model(tmp_path, capsys, model_type, message):
     assert said.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"hidden_size": "64"},
+            "no configuration in .*'hidden_size': TypeError: .*; give a folder",
+        ),
+        ({"num_attention_heads": 0}, "no configuration in .* by zero; give a folder"),
+        ({"hidden_act": "swish2"}, "makes no causal language model: 'swish2'; give a folder"),
+    ],
+)
+def test_refused_config(tmp_path, config, message):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"} | config))
+    with pytest.raises(RunError, match=message):
+        estimate.main(["--model", str(tmp_path)])
+
+
 def test_model_without_attention(tmp_path, capsys):
     shape = {"hidden_size": 64, "num_hidden_layers": 2, "state_size": 8, "vocab_size": 100}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"} | shape))

@@ -1,6 +1,7 @@
 """Fine-tuning: the pattern bit for bit, and merges that are exact."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -345,11 +346,10 @@ def test_command(make: Callable[..., FinetuneConfig], capsys: pytest.CaptureFixt
         "--compute",
         "bf16",
     ]
-    flags += ["--text-key", "body"]
     assert main([str(flag) for flag in flags]) == 0
     assert f"wrote {config.output} (packed)" in capsys.readouterr().out
     assert_same_pattern(config.model, config.output)
-    with pytest.raises(RunError, match=r"output: .* is not empty"):
+    with pytest.raises(RunError, match=r"output: .* is not an empty folder"):
         main([str(flag) for flag in flags])
 
 
@@ -372,3 +372,44 @@ def test_bad_flags(tmp_path: Path, flags: list[str], says: str) -> None:
 def test_dense_model_is_refused(make: Callable[..., FinetuneConfig], llama_dir: Path) -> None:
     with pytest.raises(RunError, match="has no 2:4 layer; prune it first"):
         train.run(make(model=llama_dir), QUIET)
+
+
+@pytest.mark.parametrize("place", ["in the model", "under a file"])
+def test_an_impossible_output_is_refused_before_training(
+    make: Callable[..., FinetuneConfig],
+    sparse_dirs: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+) -> None:
+    (tmp_path / "file").touch()
+    output, says = {
+        "in the model": (sparse_dirs["llama"] / "tuned", "is in the folder that is read"),
+        "under a file": (tmp_path / "file/tuned", "output: cannot write .*; choose another"),
+    }[place]
+
+    def never(*_: object) -> None:
+        raise AssertionError("trained")
+
+    monkeypatch.setattr(train, "FinetuneTrainer", never)
+    with pytest.raises(RunError, match=says):
+        train.run(make(output=output), QUIET)
+    assert not output.exists()
+
+
+def test_generation_defaults_are_copied_as_they_are(
+    make: Callable[..., FinetuneConfig], sparse_dirs: dict[str, Path], tmp_path: Path
+) -> None:
+    """Those of Llama 2, which transformers reads and refuses to write."""
+    folder = shutil.copytree(sparse_dirs["llama"], tmp_path / "model")
+    (folder / "generation_config.json").write_text('{"temperature": 0.9}')
+    for lora in (False, True):
+        config = make(model=folder, steps=1, lora=lora, output=tmp_path / f"lora {lora}")
+        train.run(config, QUIET)
+    written = (tmp_path / "lora False/generation_config.json").read_text()
+    assert written == '{"temperature": 0.9}'
+
+
+def test_epochs_without_end_are_refused(make: Callable[..., FinetuneConfig]) -> None:
+    with pytest.raises(RunError, match=r"the budget is .* steps; give one of at most 1e\+08"):
+        train.step_count(make(steps=None, epochs=1e308), 1000)

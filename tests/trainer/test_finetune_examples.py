@@ -157,6 +157,15 @@ def test_prompt_files_are_packed_as_text_files(
         load_examples((path,), tokenizer, context=64, held_out=0)
 
 
+def test_text_key_of_files_without_keys_is_refused(
+    text_file: Path, completions: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with pytest.raises(RunError, match=r"text_key: .*words\.txt has no keys.*; leave it out"):
+        load_examples((text_file,), tokenizer, context=64, held_out=0, text_key="prompt")
+    files = (text_file, completions)
+    assert load_examples(files, tokenizer, context=64, held_out=0, text_key="prompt").train
+
+
 def test_a_folder_is_its_files(
     completions: Path, text_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -194,13 +203,14 @@ def test_long_examples_are_cut_and_counted(
         load_examples((path,), tokenizer, context=3, held_out=0)
 
 
+@pytest.mark.parametrize(("share", "count"), [(0.01, 1), (0.25, 5), (0.4, 8), (0.75, 15)])
 def test_held_out_examples_are_not_trained_on(
-    completions: Path, tokenizer: PreTrainedTokenizerFast
+    completions: Path, tokenizer: PreTrainedTokenizerFast, share: float, count: int
 ) -> None:
-    found = load_examples((completions,), tokenizer, context=64, held_out=0.25)
+    found = load_examples((completions,), tokenizer, context=64, held_out=share)
     held = [text_of(tokenizer, e.input_ids) for e in found.evaluation]
     kept = [text_of(tokenizer, e.input_ids) for e in found.train]
-    assert len(held) == 5 and len(kept) == 15 and not set(held) & set(kept)
+    assert len(held) == count and len(kept) == 20 - count and not set(held) & set(kept)
 
 
 def test_stream_visits_each_example_once_an_epoch(

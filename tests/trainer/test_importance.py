@@ -252,6 +252,17 @@ def test_norms_where_nothing_can_be_written(tiny_models, tmp_path):
         kept_or_measured(run_dir, model, choices, stream, resumed=False)
 
 
+def test_no_logits_are_made(tiny_models):
+    model = tiny_models["llama"]()
+
+    def never(*_):
+        raise AssertionError("the head was asked")
+
+    model.lm_head.register_forward_pre_hook(never)
+    choices = choose_layers(model, Pattern.parse("2:4"), scaling_blocks=1)
+    assert len(measure(model, choices, torch.zeros(1, 8, dtype=torch.long))) == 14
+
+
 def test_inputs_that_are_not_finite(tiny_models):
     model = tiny_models["llama"]()
     model.model.embed_tokens.weight.data.fill_(float("nan"))

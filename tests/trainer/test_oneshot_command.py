@@ -1,6 +1,7 @@
 """`cast-train prune`: what it writes is what prune_oneshot makes, in every form."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -37,8 +38,8 @@ def prune(capsys, tmp_path, text_file):
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_two_of_four(llama_dir, gpt2_dir, prune, tmp_path, text_file, method, form, name):
     folder = {"llama": llama_dir, "gpt2": gpt2_dir}[name]
-    flags = ["--export", form, "--context", 32, "--samples", 12, "--seed", 3]
-    status, out, err = prune(folder, method, *flags)
+    sample = [] if method == "magnitude" else ["--context", 32, "--samples", 12, "--seed", 3]
+    status, out, err = prune(folder, method, "--export", form, *sample)
     assert (status, err) == (0, "")
     source = load_source(folder)
     blocks = to_blocks(
@@ -93,9 +94,13 @@ def test_other_patterns_are_stock_checkpoints(prune, tmp_path, gpt2_dir):
             "data: a.txt has a weight; calibration reads all of it",
         ),
         ("wanda", ["--samples", 0], "samples: 0 is out of range; it must be at least 1"),
+        ("wanda", ["--seed", 2**64], "is out of range; it must be from 0 to below 2^32"),
         ("wanda", ["--context", 65], "context: 65 is more than the model's 64 positions"),
         ("magnitude", ["--data", "x.txt"], "data: magnitude looks at no text"),
         ("magnitude", ["--text-key", "body"], "text_key: magnitude looks at no text"),
+        ("magnitude", ["--samples", 4], "samples: magnitude looks at no text; leave --samples out"),
+        ("magnitude", ["--context", 8], "context: magnitude looks at no text"),
+        ("magnitude", ["--seed", 1], "seed: magnitude looks at no text"),
         ("magnitude", ["--pattern", "4:2"], "pattern: '4:2' is no N:M pattern"),
         ("obs", [], "argument --method: invalid choice: 'obs'"),
     ],
@@ -113,6 +118,25 @@ def test_needs_text(capsys, llama_dir, tmp_path):
     flags = ["--model", str(llama_dir), "-o", str(tmp_path / "out"), "--method", "sparsegpt"]
     assert main(["prune", *flags]) == 2
     assert "data: sparsegpt needs calibration text; give --data FILE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "1:4"])
+def test_generation_defaults_are_copied_as_they_are(prune, llama_dir, tmp_path, pattern):
+    """Those of Llama 2, which transformers reads and refuses to write."""
+    folder = shutil.copytree(llama_dir, tmp_path / "model")
+    (folder / "generation_config.json").write_text('{"temperature": 0.9}')
+    status, _, err = prune(folder, "magnitude", "--pattern", pattern)
+    assert (status, err) == (0, "")
+    assert (tmp_path / "out/generation_config.json").read_text() == '{"temperature": 0.9}'
+
+
+def test_nothing_is_written_to_the_folder_of_the_model(prune, llama_dir, tmp_path):
+    folder = shutil.copytree(llama_dir, tmp_path / "model")
+    held = sorted(folder.iterdir())
+    status, _, err = prune(folder, "magnitude", "-o", folder / "pruned")
+    assert status == 2
+    assert "is in the folder that is read" in err
+    assert sorted(folder.iterdir()) == held
 
 
 def test_output_is_not_overwritten(prune, tmp_path, llama_dir):

@@ -175,6 +175,16 @@ def test_fsdp_in_one_process_is_told(llama_dir, text_file, tmp_path, capsys):
         assert ("in one process shards nothing" in capsys.readouterr().out) is told
 
 
-def test_budget_without_end_is_refused(make_config):
-    with pytest.raises(RunError, match=r"the budget is 1e\+30 steps; give one of at most 1e\+08"):
-        step_count(make_config(steps=10**30), train_blocks=8, context=16)
+@pytest.mark.parametrize(
+    ("budget", "steps"), [({"steps": 10**30}, r"1e\+30"), ({"epochs": 1e308}, "inf")]
+)
+def test_budget_without_end_is_refused(make_config, budget, steps):
+    config = make_config(**{"steps": None} | budget)
+    with pytest.raises(RunError, match=rf"the budget is {steps} steps; give one of at most 1e\+08"):
+        step_count(config, train_blocks=80, context=16)
+
+
+@pytest.mark.parametrize("lr", [None, 1e-3])
+def test_a_rate_that_is_zero_in_every_step_is_refused(plan_of, lr):
+    with pytest.raises(RunError, match="lr_floor: 0 is the rate of the run's only step"):
+        plan_of(steps=1, lr_floor=0.0, lr=lr)

@@ -306,25 +306,119 @@ def test_source_trains_in_fp32_whatever_is_stored(llama_dir):
             ),
             r"quantized or sparse already \(quant_method cast\)",
         ),
+        (
+            lambda folder: edit_config(folder, hidden_size="32"),
+            "Validation error for field 'hidden_size': TypeError: .* expected int, got str",
+        ),
+        (lambda folder: edit_config(folder, num_attention_heads=0), "modulo by zero"),
+        (lambda folder: edit_config(folder, dtype="bf15"), "cannot load .* no attribute 'bf15'"),
     ],
-    ids=["no config", "bad config", "no weights", "cut weights", "sparse"],
+    ids=[
+        *("no config", "bad config", "no weights", "cut weights", "sparse"),
+        *("size of another type", "no heads", "no dtype"),
+    ],
 )
 def test_source_errors(llama_dir, tmp_path, make_config, damage, message):
-    folder = tmp_path / "model"
-    folder.mkdir()
-    for path in llama_dir.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+    folder = shutil.copytree(llama_dir, tmp_path / "model")
     damage(folder)
     with pytest.raises(RunError, match=message) as caught:
         run(make_config(model=folder))
     assert "\n" not in str(caught.value)
 
 
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_quantization_of_null_is_none(llama_dir, tmp_path):
+    folder = shutil.copytree(llama_dir, tmp_path / "model")
+    edit_config(folder, quantization_config=None)
+    assert load_source(folder).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["llama_dir", "gpt2_dir"])
+def test_a_config_of_fewer_layers_is_refused(request, tmp_path, name):
+    folder = shutil.copytree(request.getfixturevalue(name), tmp_path / "model")
+    edit_config(folder, **{"num_hidden_layers" if name == "llama_dir" else "n_layer": 1})
+    with pytest.raises(RunError, match=r"holds .*\.1\..*\.weight, which the model of its config"):
+        load_source(folder)
+
+
+def test_weights_of_no_block_are_left_alone(llama_dir, tmp_path):
+    """Buffers that older releases wrote, and a head that scores."""
+    beside = {"model.layers.0.self_attn.rotary_emb.inv_freq": 8, "score.weight": 2}
+
+    def edit(tensors):
+        tensors.update({name: torch.ones(size) for name, size in beside.items()})
+
+    load_source(break_source(llama_dir, tmp_path / "model", edit))
+
+
+# Llama 2's, which transformers reads and refuses to write.
+GENERATION = '{"temperature": 0.9, "top_p": 0.6}'
+
+
+@pytest.mark.parametrize("export", ["training", "packed", "dense"])
+@pytest.mark.parametrize("name", ["llama_dir", "gpt2_dir"])
+def test_generation_defaults_are_copied_as_they_are(request, make_config, tmp_path, name, export):
+    folder = shutil.copytree(request.getfixturevalue(name), tmp_path / "model")
+    (folder / "generation_config.json").write_text(GENERATION)
+    pattern = "1:4" if export == "dense" else "2:4"
+    changes = {"model": folder, "export": export, "pattern": pattern}
+    config = make_config(**changes, steps=1, allow_short_travel=True)
+    run(config)
+    assert (config.output / "generation_config.json").read_text() == GENERATION
+
+
+def test_generation_defaults_are_not_made_up(make_config, llama_dir, tmp_path):
+    """Of a model whose config.json has them, as older ones do."""
+    folder = shutil.copytree(llama_dir, tmp_path / "model")
+    (folder / "generation_config.json").unlink()
+    edit_config(folder, temperature=0.9)
+    config = make_config(model=folder, steps=1, allow_short_travel=True)
+    run(config)
+    assert not (config.output / "generation_config.json").exists()
+    assert json.loads((config.output / "config.json").read_text())["temperature"] == 0.9
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["to a folder", "to none yet"])
+def test_output_behind_a_link(make_config, tmp_path, there):
+    config = make_config(steps=1, allow_short_travel=True, save_steps=1)
+    elsewhere = tmp_path / "disk/elsewhere"
+    if there:
+        elsewhere.mkdir(parents=True)
+    config.output.symlink_to(elsewhere)
+    run(config)
+    (elsewhere / "model.safetensors").unlink()
+    # Written again over what is there.
+    run(dataclasses.replace(config, resume=True))
+    assert config.output.is_symlink()
+    assert (elsewhere / "model.safetensors").is_file()
+    assert [path.name for path in elsewhere.parent.iterdir()] == ["elsewhere"]
+
+
+def test_a_mount_point_is_refused(make_config, monkeypatch):
+    config = make_config()
+    config.output.mkdir()
+    monkeypatch.setattr("os.path.ismount", lambda path: path == config.output)
+    with pytest.raises(RunError, match=r"is a mount point, .*; name one in it, such as .*/sparse"):
+        run(config)
+
+
+def test_nothing_is_written_to_the_folder_of_the_model(make_config, llama_dir, tmp_path):
+    folder = shutil.copytree(llama_dir, tmp_path / "model")
+    held = sorted(folder.iterdir())
+    with pytest.raises(RunError, match=f"is in the folder that is read, {folder}; choose another"):
+        run(make_config(model=folder, output=folder / "sparse"))
+    assert sorted(folder.iterdir()) == held
+
+
 def test_output_is_not_overwritten(make_config):
     config = make_config()
     config.output.mkdir()
     (config.output / "mine").touch()
-    with pytest.raises(RunError, match="is not empty; name another folder"):
+    with pytest.raises(RunError, match="is not an empty folder; choose another"):
         run(config)
 
 
@@ -338,7 +432,7 @@ def test_files_are_not_overwritten(make_config, folder):
 
 def test_earlier_run_is_not_overwritten(trained, make_config):
     config, _ = trained
-    with pytest.raises(RunError, match="is not empty"):
+    with pytest.raises(RunError, match="is not an empty folder"):
         run(config)
     elsewhere = make_config()
     elsewhere.run_dir.mkdir()
@@ -396,7 +490,7 @@ def test_dry_run_refuses_what_the_run_would(make_config):
     config = make_config(dry_run=True)
     config.output.mkdir(parents=True)
     (config.output / "something").touch()
-    with pytest.raises(RunError, match="is not empty"):
+    with pytest.raises(RunError, match="is not an empty folder"):
         train.run(config, Console(quiet=True))
 
 

@@ -16,7 +16,7 @@ from cast_serve.trainer.distill import TopK, distillation_loss, top_k_of
 from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.head import put_loss_head
 from cast_serve.trainer.journal import read_history
-from cast_serve.trainer.processes import ALONE
+from cast_serve.trainer.processes import ALONE, Processes
 from cast_serve.trainer.teacher import make_teacher
 from cast_serve.trainer.teacher_cache import Origin, TeacherCache, batch_targets, cache_bytes
 
@@ -142,7 +142,7 @@ def sequences(monkeypatch):
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
 def test_cache_holds_what_the_teacher_says(cached, sequences, compute):
     cache, teacher, origin, folder = cached(compute=compute)
-    cache.fill([*sequences, *sequences], teacher, batch_size=2)
+    list(cache.fill([*sequences, *sequences], teacher, batch_size=2))
     for store in (cache, TeacherCache(folder, origin)):
         assert list(store.missing(sequences)) == []
         batch = [store.read(ids) for ids in reversed(sequences)]
@@ -158,7 +158,7 @@ def test_cache_holds_what_the_teacher_says(cached, sequences, compute):
 
 def test_cache_size_is_the_plans(cached, sequences, tiny_models, make_config):
     cache, teacher, _, folder = cached(compute="bf16")
-    cache.fill(sequences, teacher, batch_size=2)
+    list(cache.fill(sequences, teacher, batch_size=2))
     files = list(folder.glob("*.safetensors"))
     stored = sum(sum(x.nbytes for x in load_file(path).values()) for path in files)
     config = make_config(teacher="cached", teacher_top_k=8, compute="bf16")
@@ -180,21 +180,21 @@ def test_filling_goes_on_after_the_last_whole_shard(cached, sequences, monkeypat
 
     monkeypatch.setattr(teacher_cache, "save_file", fail_at_the_second)
     with pytest.raises(RunError, match=r"cannot write .*No space left.*free space and start again"):
-        cache.fill(sequences, teacher, batch_size=2)
+        list(cache.fill(sequences, teacher, batch_size=2))
     again = TeacherCache(folder, origin)
     left = list(again.missing(sequences))
     assert len(left) == 4
     asked = []
     targets = teacher.targets
     monkeypatch.setattr(teacher, "targets", lambda ids: asked.append(ids) or targets(ids))
-    again.fill(sequences, teacher, batch_size=2)
+    list(again.fill(sequences, teacher, batch_size=2))
     assert torch.equal(torch.cat(asked), torch.stack(left))
     assert list(TeacherCache(folder, origin).missing(sequences)) == []
 
 
 def test_cache_of_another_run_is_refused(cached, sequences):
     cache, teacher, origin, folder = cached()
-    cache.fill(sequences, teacher, batch_size=2)
+    list(cache.fill(sequences, teacher, batch_size=2))
     other = dataclasses.replace(origin, model="m", temperature=2.0)
     with pytest.raises(RunError, match="computed with another model, temperature; remove it"):
         TeacherCache(folder, other)
@@ -205,7 +205,7 @@ def test_cache_of_another_run_is_refused(cached, sequences):
 
 def test_damaged_shard_is_named(cached, sequences):
     cache, teacher, origin, folder = cached()
-    cache.fill(sequences, teacher, batch_size=2)
+    list(cache.fill(sequences, teacher, batch_size=2))
     (folder / "shard-00000.safetensors").write_bytes(b"cut")
     with pytest.raises(RunError, match=r"shard-00000\.safetensors is damaged.*remove it"):
         TeacherCache(folder, origin)
@@ -213,12 +213,12 @@ def test_damaged_shard_is_named(cached, sequences):
 
 def test_removed_shard_is_computed_again(cached, sequences):
     cache, teacher, origin, folder = cached()
-    cache.fill(sequences, teacher, batch_size=2)
+    list(cache.fill(sequences, teacher, batch_size=2))
     first, *others = sorted(folder.glob("shard-*.safetensors"))
     kept = [path.read_bytes() for path in others]
     assert len(kept) == 2
     first.unlink()
-    TeacherCache(folder, origin).fill(sequences, teacher, batch_size=2)
+    list(TeacherCache(folder, origin).fill(sequences, teacher, batch_size=2))
     assert [path.read_bytes() for path in others] == kept
     again = TeacherCache(folder, origin)
     assert list(again.missing(sequences)) == []
@@ -228,7 +228,7 @@ def test_removed_shard_is_computed_again(cached, sequences):
 
 def test_sequence_that_is_not_there(cached, sequences):
     cache, teacher, _, folder = cached()
-    cache.fill(sequences[1:], teacher, batch_size=2)
+    list(cache.fill(sequences[1:], teacher, batch_size=2))
     with pytest.raises(RunError, match=f"{folder} holds nothing of a sequence .*--resume"):
         cache.read(sequences[0])
 
@@ -266,6 +266,27 @@ def test_run_with_the_whole_vocabulary_cached(make_config, tmp_path):
     assert read_history(config.run_dir)[0]["kl"] < 1e-4
     record = json.loads((config.output / "cast.json").read_text())
     assert record["teacher_top_k"] == VOCAB
+
+
+def test_processes_wait_for_a_shard_at_a_time(make_config, monkeypatch, capsys):
+    """And not for all of the data, which may take longer than they wait."""
+    monkeypatch.setattr(teacher_cache, "_SHARD_BYTES", 1)
+    waits, on_first = [], Processes.on_first
+
+    def counted(self, work):
+        before = len(list(folder.glob("shard-*")))
+        found = on_first(self, work)
+        waits.append(len(list(folder.glob("shard-*"))) - before)
+        return found
+
+    monkeypatch.setattr(Processes, "on_first", counted)
+    config = make_config(
+        allow_short_travel=True, steps=1, batch_size=3, teacher="cached", teacher_top_k=8
+    )
+    folder = config.run_dir / "teacher"
+    train.run(config, Console())
+    assert sum(waits) == 3 and max(waits) == 1
+    assert "teacher's top 8: 2 of at most 3 sequences" in capsys.readouterr().out
 
 
 def test_resumed_run_needs_no_teacher(make_config, monkeypatch):

@@ -25,7 +25,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from cast_serve.trainer.errors import RunError
+from cast_serve.trainer.errors import RunError, first_line
 
 _TEXT = (".txt", ".text", ".md")
 _PACKED = (".xz", ".gz", ".zst")
@@ -280,7 +280,7 @@ def _parquet_file(path: Path) -> Iterator[Any]:
         with parquet.ParquetFile(path, memory_map=True) as file:
             yield file
     except pyarrow.ArrowInvalid as error:
-        raise RunError(f"{path}: is not a whole parquet file: {_first_line(error)}") from error
+        raise RunError(f"{path}: is not a whole parquet file: {first_line(error)}") from error
     except UnicodeDecodeError as error:
         raise RunError(f"{path}: a column's name is not UTF-8") from error
     except OSError as error:
@@ -327,7 +327,7 @@ def _opened(path: Path) -> Iterator[io.BufferedIOBase]:
     except damaged as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise RunError(f"{path}: cannot be read: {_reason(error)}") from error
-        raise RunError(f"{path}: is not a whole {kind} file: {_first_line(error)}") from error
+        raise RunError(f"{path}: is not a whole {kind} file: {first_line(error)}") from error
     except OSError as error:
         raise RunError(f"{path}: cannot be read: {_reason(error)}") from error
 
@@ -340,8 +340,4 @@ def _require_pyarrow(path: Path) -> None:
 
 
 def _reason(error: OSError) -> str:
-    return error.strerror.split("\n")[0] if error.strerror else _first_line(error)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).split("\n")[0]
+    return error.strerror.split("\n")[0] if error.strerror else first_line(error)

@@ -15,7 +15,7 @@ from typing import Any
 from cast_serve.trainer.data.cache import note_commit, noted_commit
 from cast_serve.trainer.data.files import Piece, cut
 from cast_serve.trainer.data_source import DataSource, HubName
-from cast_serve.trainer.errors import RunError
+from cast_serve.trainer.errors import RunError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -50,11 +50,13 @@ def revision(hub: HubName, *, cache: bool = True) -> str:
     except (OSError, HfHubHTTPError, ValueError) as error:
         noted = noted_commit(hub.name) if cache else None
         if noted is not None:
-            logger.warning("hub:%s: %s; taking commit %s, last seen", hub.name, _said(error), noted)
+            logger.warning(
+                "hub:%s: %s; taking commit %s, last seen", hub.name, first_line(error), noted
+            )
             return noted
         raise RunError(
-            f"data: hub:{hub.name}: {_said(error)}; check the name and the connection, or give a "
-            "local copy as hub:./folder"
+            f"data: hub:{hub.name}: {first_line(error)}; check the name and the connection, or "
+            "give a local copy as hub:./folder"
         ) from error
     assert sha is not None, "asked for without expand, so the answer has it"
     if cache:
@@ -100,11 +102,11 @@ def rows(hub: HubName, commit: str | None, *, text_key: str) -> Iterator[Piece]:
         raise
     except (OSError, ValueError, DatasetsError, HfHubHTTPError, ArrowException) as error:
         place = f" after row {number}" if number else ""
-        raise RunError(f"data: hub:{hub.name}{place}: {_said(error)}") from error
+        raise RunError(f"data: hub:{hub.name}{place}: {first_line(error)}") from error
     # What `datasets` says of a loading script, and (NotImplementedError) of some archives.
     except RuntimeError as error:
         raise RunError(
-            f"data: hub:{hub.name}: {_said(error)}; give its text as files, such as .parquet"
+            f"data: hub:{hub.name}: {first_line(error)}; give its text as files, such as .parquet"
         ) from error
     if empty:
         raise RunError(f"data: hub:{hub.name}: holds no text")
@@ -142,7 +144,3 @@ def _refuse_links(hub: HubName, folder: Path) -> None:
 
 def _saved_to_disk(folder: Path) -> bool:
     return any((folder / mark).is_file() for mark in ("state.json", "dataset_dict.json"))
-
-
-def _said(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -19,6 +19,16 @@ from cast_serve.trainer.processes import takes_gpu
 from cast_serve.trainer.provenance import versions
 from cast_serve.trainer.source import context_length
 
+# Keys that are looked at for some questions alone, and for which.
+_READ_FOR = {
+    "join": ("text",),
+    "context": ("text",),
+    "stride": ("text",),
+    "between": ("zero_shot",),
+    "include_path": ("tasks",),
+    "limit": ("zero_shot", "tasks"),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -60,6 +70,11 @@ class Request:
                 raise RunError(f"{key}: {value} is out of range; it must be at least {least}")
         if self.include_path is not None and not self.include_path.is_dir():
             raise RunError(f"include_path: {self.include_path} is no folder")
+        for key, questions in _READ_FOR.items():
+            given = getattr(self, key) != getattr(type(self), key)
+            if given and not any(getattr(self, question) for question in questions):
+                flags = " or ".join("--" + question.replace("_", "-") for question in questions)
+                raise RunError(f"{key}: is of {flags}; give that too, or leave it out")
 
 
 def evaluate(request: Request) -> dict[str, Any]:

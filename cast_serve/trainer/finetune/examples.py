@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from cast_serve.trainer.data import BlockStream, load_corpus
+from cast_serve.trainer.data.blocks import held_out_rows
 from cast_serve.trainer.data.files import (
     expand,
     json_rows,
@@ -35,6 +36,8 @@ from cast_serve.trainer.errors import RunError
 
 # Pieces of one sequence in order; the loss is taken on those marked True.
 Pieces = list[tuple[str, bool]]
+
+_WITH_KEYS = (".jsonl", ".parquet")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -99,7 +102,7 @@ def load_examples(
     eval_files: tuple[Path, ...] = (),
     text_key: str | None = None,
 ) -> Examples:
-    """Read and tokenise; without `eval_files` every (1/held_out)-th example is held out.
+    """Read and tokenise; without `eval_files` a share of `held_out` is held out, evenly spaced.
 
     Args:
         files: each of them may be a folder.
@@ -107,8 +110,8 @@ def load_examples(
             rows that are neither prompts nor messages.
 
     Raises:
-        RunError: a file or line is at fault, files are of several kinds, no template for
-            "messages", or nothing is left to train on.
+        RunError: a file or line is at fault, files are of several kinds or have no keys for
+            `text_key`, no template for "messages", or nothing is left to train on.
     """
     paths = [path for file in files for path in expand(file)]
     eval_paths = [path for file in eval_files for path in expand(file)]
@@ -116,6 +119,8 @@ def load_examples(
     for path in (*paths, *eval_paths):
         if (other := _kind(path, text_key)) != kind:
             raise RunError(f"{path}: holds {other}, but {paths[0]} holds {kind}; give one kind")
+    if text_key is not None and not any(kind_of(path) in _WITH_KEYS for path in paths):
+        raise RunError(f"text_key: {paths[0]} has no keys, and no other file of data; leave it out")
     if kind == "text":
         corpus = load_corpus(
             _sources(files),
@@ -142,11 +147,11 @@ def load_examples(
         evaluation, *_ = _tokenise(eval_paths, tokenizer, context)
         evaluated_on = "eval_data"
     elif held_out > 0 and len(train) > 1:
-        every = max(2, round(1 / held_out))
-        # Of fewer than `every` there is still one.
-        chosen = set(range(every - 1, len(train), every)) or {len(train) - 1}
-        evaluation = [train[place] for place in sorted(chosen)]
-        train = [each for place, each in enumerate(train) if place not in chosen]
+        chosen = held_out_rows(len(train), held_out)
+        # A share of less than one example is still one.
+        chosen[-1] |= not chosen.any()
+        evaluation = [each for each, held in zip(train, chosen, strict=True) if held]
+        train = [each for each, held in zip(train, chosen, strict=True) if not held]
         evaluated_on = "held-out"
     digest = hashlib.sha256()
     for example in train:
@@ -286,7 +291,7 @@ def _turns(where: str, messages: Any, tokenizer: PreTrainedTokenizerBase) -> Pie
 def _kind(path: Path, text_key: str | None) -> str:
     """ "text", "prompt" or "messages", by the name of the file and the keys that its rows hold."""
     suffix = kind_of(path)
-    if text_key is not None or suffix not in (".jsonl", ".parquet"):
+    if text_key is not None or suffix not in _WITH_KEYS:
         return "text"
     if suffix == ".parquet":
         where, keys = str(path), parquet_columns(path)

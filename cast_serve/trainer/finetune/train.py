@@ -29,8 +29,9 @@ from cast_serve.trainer.finetune.examples import (
     pad,
 )
 from cast_serve.trainer.finetune.pattern import add_lora, mask_gradients, merge
+from cast_serve.trainer.output import require_free, require_writable
 from cast_serve.trainer.provenance import versions
-from cast_serve.trainer.schedule import Schedule
+from cast_serve.trainer.schedule import Schedule, whole_steps
 from cast_serve.trainer.source import context_length
 from cast_serve.trainer.sparse_source import SparseSource, load_sparse
 
@@ -41,8 +42,7 @@ def run(config: FinetuneConfig, console: Console) -> None:
     Raises:
         RunError, CheckpointError: anything a user can put right, said in one line.
     """
-    if config.output.exists() and (not config.output.is_dir() or any(config.output.iterdir())):
-        raise RunError(f"output: {config.output} is not empty; name another folder or remove it")
+    require_free(config.output, source=config.model)
     source = load_sparse(config.model)
     context = context_length(source.model, config.context)
     examples = load_examples(
@@ -54,6 +54,7 @@ def run(config: FinetuneConfig, console: Console) -> None:
         text_key=config.text_key,
     )
     steps = step_count(config, len(examples.train))
+    require_writable(config.output)
     _announce(config, examples, steps, context, console)
     # peft draws A.
     torch.manual_seed(config.seed)
@@ -98,11 +99,15 @@ def run(config: FinetuneConfig, console: Console) -> None:
 
 
 def step_count(config: FinetuneConfig, examples: int) -> int:
-    """Optimizer steps of the budget; a part of a step is rounded up."""
+    """Optimizer steps of the budget; a part of a step is rounded up.
+
+    Raises:
+        RunError: more than any run could take.
+    """
     if config.steps is not None:
-        return config.steps
+        return whole_steps(config.steps)
     epochs = 1.0 if config.epochs is None else config.epochs
-    return math.ceil(epochs * examples / (config.batch_size * config.gradient_accumulation))
+    return whole_steps(epochs * examples / (config.batch_size * config.gradient_accumulation))
 
 
 class FinetuneTrainer(Trainer):

@@ -14,10 +14,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from cast_serve.trainer.data import read_tokens, to_blocks
 from cast_serve.trainer.data.tokens import end_of_document
 from cast_serve.trainer.data_source import DataSource
-from cast_serve.trainer.errors import RunError
+from cast_serve.trainer.errors import RunError, first_line
 from cast_serve.trainer.generation.characters import Decode, without_part
 from cast_serve.trainer.generation.distinct import Distinct, Verdict
 from cast_serve.trainer.generation.prompts import Prompts, begin_token
+from cast_serve.trainer.source import LOADING_ERRORS
 
 if TYPE_CHECKING:
     from cast_serve.trainer.generation.main import Settings
@@ -76,9 +77,10 @@ def _tokenizer(model: str) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             model, local_files_only=True
         )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise RunError(f"model: cannot load the tokenizer of {model}: {reason}") from error
+    except LOADING_ERRORS as error:
+        raise RunError(
+            f"model: cannot load the tokenizer of {model}: {first_line(error)}"
+        ) from error
     return tokenizer
 
 

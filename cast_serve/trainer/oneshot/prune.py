@@ -63,7 +63,7 @@ def prune_oneshot(
         raise RunError(f"method: {method} needs calibration text")
     choices = choose_layers(model, pattern, scaling_blocks=1)
     names = [choice.name for choice in choices if choice.dense_because is None]
-    blocks = [(block, list(layers)) for block, layers in groupby(names, key=_block_of)]
+    blocks = [(block, list(layers)) for block, layers in groupby(names, key=block_of)]
     training = model.training
     model.eval()
     for done, (block, layers) in enumerate(blocks, start=1):
@@ -143,7 +143,7 @@ def collect(
     return sums
 
 
-def _block_of(name: str) -> str:
+def block_of(name: str) -> str:
     """The decoder block of a layer: model.layers.3 of model.layers.3.mlp.up_proj."""
     parts = name.split(".")
     number = next(i for i, part in enumerate(parts) if part.isdecimal())

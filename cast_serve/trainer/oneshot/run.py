@@ -18,9 +18,13 @@ from cast_serve.trainer.data_source import DataSource
 from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.export import write_dense, write_training_form
 from cast_serve.trainer.oneshot.prune import METHODS, Method, prune_oneshot
+from cast_serve.trainer.output import require_free, require_writable
 from cast_serve.trainer.processes import takes_gpu
 from cast_serve.trainer.provenance import versions
 from cast_serve.trainer.source import context_length, load_source
+
+# Keys of the calibration text.
+_OF_TEXT = ("data", "text_key", "samples", "context", "seed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,22 +56,22 @@ class Request:
         Pattern.parse(self.pattern)
         if self.method not in METHODS:
             raise RunError(f"method: {self.method!r} is not possible; use {', '.join(METHODS)}")
-        if self.method == "magnitude" and self.data:
-            raise RunError("data: magnitude looks at no text; leave --data out")
-        if self.method == "magnitude" and self.text_key is not None:
-            raise RunError("text_key: magnitude looks at no text; leave --text-key out")
+        for key in _OF_TEXT if self.method == "magnitude" else ():
+            if getattr(self, key) != getattr(type(self), key):
+                flag = "--" + key.replace("_", "-")
+                raise RunError(f"{key}: magnitude looks at no text; leave {flag} out")
         if self.method != "magnitude" and not self.data:
             raise RunError(f"data: {self.method} needs calibration text; give --data FILE")
         weighted = [source.place for source in self.data if source.weight is not None]
         if weighted:
             raise RunError(f"data: {weighted[0]} has a weight; calibration reads all of it")
-        for key, least in (("samples", 1), ("context", 2), ("seed", 0)):
+        for key, least in (("samples", 1), ("context", 2)):
             value = getattr(self, key)
             if value is not None and value < least:
                 raise RunError(f"{key}: {value} is out of range; it must be at least {least}")
-        output = self.output
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise RunError(f"output: {output} exists and is not an empty folder; name another")
+        if not 0 <= self.seed < 2**32:
+            raise RunError(f"seed: {self.seed} is out of range; it must be from 0 to below 2^32")
+        require_free(self.output, source=self.model)
 
     @property
     def form(self) -> Literal["packed", "dense"]:
@@ -91,6 +95,7 @@ def run(request: Request, *, progress: Callable[[int, int], None] | None = None)
         RunError: something a user can put right.
         CheckpointError: the output cannot be written.
     """
+    require_writable(request.output)
     source = load_source(request.model)
     calibration = _calibration(request, source.model, source.tokenizer) if request.data else None
     source.model.to("cuda" if takes_gpu(request.device) else "cpu")  # type: ignore[arg-type]  # as in train.py
@@ -140,7 +145,6 @@ def _write(
             write_json(folder / PROVENANCE, provenance)
         return
     # A training form whose weights are pruned already and whose layers have no scales.
-    request.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=request.output.parent, prefix=".pruned-") as staging:
         form = Path(staging) / "training-form"
         write_training_form(

@@ -1,0 +1,41 @@
+"""Whether an output can be written: asked before the work, not found out after it."""
+
+from pathlib import Path
+from tempfile import TemporaryFile
+
+from cast_serve.model_loaders.errors import CheckpointError
+from cast_serve.model_loaders.write import check_output
+from cast_serve.trainer.errors import RunError
+
+
+def require_free(output: Path, *, source: Path) -> None:
+    """Refuse an output that holds something, or that lies in the folder of the model.
+
+    Args:
+        source: the checkpoint that is read, which nothing may be written to.
+
+    Raises:
+        RunError: says which folder, and what to do.
+    """
+    try:
+        check_output(output, source=source)
+    except CheckpointError as error:
+        raise RunError(f"output: {error}") from error
+
+
+def require_writable(output: Path) -> None:
+    """Refuse an output that the disk refuses; makes the folder that it is to lie in.
+
+    Raises:
+        RunError: says which folder, and why.
+    """
+    final = output.resolve()
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        # Tried, because os.access knows nothing of quotas and of network file systems.
+        with TemporaryFile(dir=final if final.is_dir() else final.parent):
+            pass
+    except OSError as error:
+        raise RunError(
+            f"output: cannot write {output}: {error.strerror}; choose another"
+        ) from error
