@@ -1,6 +1,16 @@
 """Values of command lines that several benchmarks take."""
 
 
+def require_one(flag: str, given: int) -> None:
+    """Refuse a count below 1.
+
+    Raises:
+        ValueError: names `flag`.
+    """
+    if given < 1:
+        raise ValueError(f"{flag} {given}: needs 1 or more")
+
+
 def numbers(flag: str, given: str) -> list[int]:
     """Numbers from 1 on, from "1,8".
 

@@ -14,7 +14,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from cast_serve.bench.arguments import numbers
+from cast_serve.bench.arguments import numbers, require_one
 from cast_serve.bench.serving.arguments import add_common_arguments, split_flags
 from cast_serve.bench.serving.offline import Job, add_lengths, run
 
@@ -35,8 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(own)
     try:
         batches = numbers("--requests", given.requests)
-        if given.iterations < 1:
-            raise ValueError(f"--iterations {given.iterations}: needs 1 or more")
+        require_one("--iterations", given.iterations)
     except ValueError as error:
         print(f"bench_latency: {error}", file=sys.stderr)
         return 2

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from cast_serve.bench.arguments import require_one
 from cast_serve.bench.serving.arguments import (
     add_common_arguments,
     split_flags,
@@ -50,8 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--checkpoints", type=Path, metavar="DIR", help="default: under --logs")
     given = parser.parse_args(own)
     try:
-        if given.repeats < 1:
-            raise ValueError(f"--repeats {given.repeats}: needs 1 or more")
+        require_one("--repeats", given.repeats)
         model = find_served_model(given.model)
         setting = Setting.find(engines=given.engines, commit=given.commit, logs=given.logs)
         path = setting.result_path("load", given.out)

@@ -34,6 +34,7 @@ from typing import Any
 
 from rich.console import Console
 
+from cast_serve.bench.arguments import require_one
 from cast_serve.bench.paths import known
 from cast_serve.bench.serving import breakdown
 from cast_serve.bench.serving.arguments import (
@@ -90,8 +91,7 @@ def parse(arguments: Sequence[str]) -> Options:
     )
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="of each workload")
     given = parser.parse_args(own)
-    if given.repeats < 1:
-        raise ValueError(f"--repeats {given.repeats}: needs 1 or more")
+    require_one("--repeats", given.repeats)
     breakdowns = find_workloads(given.breakdown) if given.breakdown else ()
     breakdown.require_steady(breakdowns)
     return Options(

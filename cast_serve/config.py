@@ -76,9 +76,8 @@ class CastConfig(QuantizationConfig):
         self.headers_read = False
         # vLLM's names of linears that the headers show to stay dense.
         self.dense_by_headers: frozenset[str] = frozenset()
-        self.warned_mixed = False
-        self.warned_cut = False
-        self.warned_not_offloaded = False
+        # Each is said once a model, of the first layer that it is true of.
+        self.warnings: set[str] = set()
         # time.monotonic() when the first layer was made, and when the latest one was loaded.
         self.loading_began: float | None = None
         self.loading_ended: float | None = None
@@ -232,37 +231,36 @@ class CastConfig(QuantizationConfig):
         )
 
     def warn_mixed(self, layer: str, *, sparse: str, dense: str) -> None:
-        """Say once that fused layers of which a part is dense run dense as a whole."""
-        if not self.warned_mixed:
-            self.warned_mixed = True
-            logger.warning(
-                "%s runs dense: %s is 2:4 and %s is not, and they run as one matrix. "
-                "So do other layers like it.",
-                layer,
-                sparse,
-                dense,
-            )
+        """Say that fused layers of which a part is dense run dense as a whole."""
+        self._warn_once(
+            "%s runs dense: %s is 2:4 and %s is not, and they run as one matrix. "
+            "So do other layers like it.",
+            layer,
+            sparse,
+            dense,
+        )
 
     def warn_cut(self, layer: str, columns: int) -> None:
-        """Say once that layers run dense for how tensor parallelism cuts them."""
-        if not self.warned_cut:
-            self.warned_cut = True
-            logger.warning(
-                "%s runs dense, and so do other layers like it: %d of its columns are a rank's, "
-                "which is no multiple of 8; a smaller --tensor-parallel-size keeps it packed",
-                layer,
-                columns,
-            )
+        """Say that layers run dense for how tensor parallelism cuts them."""
+        self._warn_once(
+            "%s runs dense, and so do other layers like it: %d of its columns are a rank's, "
+            "which is no multiple of 8; a smaller --tensor-parallel-size keeps it packed",
+            layer,
+            columns,
+        )
 
     def warn_not_offloaded(self) -> None:
-        """Say once that packed layers are not moved to the CPU as was asked."""
-        if not self.warned_not_offloaded:
-            self.warned_not_offloaded = True
-            logger.warning(
-                "2:4 layers stay on the GPU: vLLM moves them by names that they have no longer, "
-                "with --offload-group-size or VLLM_WEIGHT_OFFLOADING_DISABLE_UVA=1; "
-                "--cpu-offload-gb alone moves them"
-            )
+        """Say that packed layers are not moved to the CPU as was asked."""
+        self._warn_once(
+            "2:4 layers stay on the GPU: vLLM moves them by names that they have no longer, "
+            "with --offload-group-size or VLLM_WEIGHT_OFFLOADING_DISABLE_UVA=1; "
+            "--cpu-offload-gb alone moves them"
+        )
+
+    def _warn_once(self, message: str, *values: object) -> None:
+        if message not in self.warnings:
+            self.warnings.add(message)
+            logger.warning(message, *values)
 
 
 def _snapshot(model_name: str, revision: str | None) -> Path | None:

@@ -34,7 +34,7 @@ def versions() -> dict[str, str]:
         "torch": str(torch.__version__),
         "cuda": str(torch.version.cuda),
         "triton": _triton_version(),
-        "cusparselt": _cusparselt_version(),
+        "cusparselt": cusparselt_abi.loaded_version(),
         "kernels": sources.hexdigest()[:16],
     }
 
@@ -43,13 +43,6 @@ def _triton_version() -> str:
     try:
         return importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
-        return "none"
-
-
-def _cusparselt_version() -> str:
-    try:
-        return ".".join(map(str, cusparselt_abi.load().version))
-    except cusparselt_abi.LibraryNotFoundError:
         return "none"
 
 

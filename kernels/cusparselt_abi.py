@@ -162,6 +162,14 @@ def load() -> Library:
     return library
 
 
+def loaded_version() -> str:
+    """As "0.8.1", of the library that is loaded, not what torch was built with; or "none"."""
+    try:
+        return ".".join(map(str, load().version))
+    except (LibraryNotFoundError, CusparseltError):
+        return "none"
+
+
 def open_shared(soname: str, distributions: tuple[str, ...]) -> ctypes.CDLL:
     """dlopen `soname`, which finds what torch has loaded, else the copy in a Python package.
 

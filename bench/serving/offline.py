@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
+from cast_serve.bench.arguments import require_one
 from cast_serve.bench.serving.engines import Engine, common_flags
 from cast_serve.bench.serving.models import ServedModel, find_served_model
 from cast_serve.bench.serving.offline_results import Row, load_or_empty, print_rows, speedup
@@ -67,9 +68,8 @@ def add_lengths(
 
 def _require_room(given: argparse.Namespace, model: ServedModel) -> None:
     """Raise ValueError for lengths that an engine would refuse after its start."""
-    for flag, tokens in (("--input-len", given.input_len), ("--output-len", given.output_len)):
-        if tokens < 1:
-            raise ValueError(f"{flag} {tokens}: needs 1 or more")
+    require_one("--input-len", given.input_len)
+    require_one("--output-len", given.output_len)
     if given.input_len + given.output_len > model.max_model_len:
         raise ValueError(
             f"--input-len {given.input_len} --output-len {given.output_len}: {model.name} is "

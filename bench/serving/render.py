@@ -64,9 +64,8 @@ def markdown(results: Results, plot: str | None, beside: Sequence[str] = ()) -> 
         "caching. cast-serve has torch.compile's kernels launched early (`triton.enable_pdl`), "
         "stock vLLM runs as it comes. A cell is the median of the repeats ± largest less least, in "
         "brackets how much better than dense bf16. cN: N requests at a time, 512 tokens in and 256 "
-        "out; prefill-N: "
-        "N in and 1 out, one at a time; mixed: lengths as ShareGPT's, 64 at a time. Written by "
-        "`python -m bench.render`; `make bench-serve` measures again.",
+        "out; prefill-N: N in and 1 out, one at a time; mixed: lengths as ShareGPT's, 64 at a "
+        "time. Written by `python -m bench.render`; `make bench-serve` measures again.",
     ]
     if plot is not None:
         lines += ["", f"![throughput and time per token over concurrency]({plot})"]

@@ -60,7 +60,7 @@ def cells(row: Row, rows: Sequence[Row], gpu: str) -> list[str]:
     tpot = "-"
     if row.tpot_ms is not None and row.tpot_spread_ms is not None:
         tpot = shown(row.tpot_ms, row.tpot_spread_ms, 2, "tpot")
-    tokens = (row.output_tokens_per_s, row.output_tokens_per_s_spread)
+    rate, spread = row.output_tokens_per_s, row.output_tokens_per_s_spread
     return [
         row.workload,
         row.engine,
@@ -68,7 +68,7 @@ def cells(row: Row, rows: Sequence[Row], gpu: str) -> list[str]:
         f"{row.ttft_p99_ms:.1f}",
         tpot,
         "-" if row.tpot_p99_ms is None else f"{row.tpot_p99_ms:.2f}",
-        shown(*tokens, 0, "output_tokens_per_s"),
+        shown(rate, spread, 0, "output_tokens_per_s"),
         "-" if row.weights_gib is None else f"{row.weights_gib:.2f}",
         f"{row.kv_tokens:,}",
     ]

@@ -63,11 +63,12 @@ class Setting:
         Raises:
             ResultError: the file there is holds something else.
         """
-        found = load(known(path))
+        file = known(path)
+        found = load(file)
         kept = found.comparable(self.env)
         if left := len(found.rows) - len(kept.rows):
             print(
-                f"{left} rows of {known(path)} are of another machine or other versions, and not "
+                f"{left} rows of {file} are of another machine or other versions, and not "
                 f"compared with: {found.ran_on()}",
                 file=sys.stderr,
             )
