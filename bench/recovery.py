@@ -14,7 +14,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ from cast_serve.bench.paths import RESULTS
 BEGIN = "<!-- recovery: written by `python -m bench.render` -->"
 END = "<!-- end of recovery -->"
 NAME = "smollm2"
-# Dense, with the data and budget of all others: what their perplexity is divided by.
+# Dense, with the data and budget of the others: what their perplexity is divided by. For what was
+# not trained that is the model as it came.
 CONTROL = "dense"
 UNTOUCHED = "untouched, dense"
 
@@ -173,20 +174,19 @@ def update_page(page: Path, file: Path) -> None:
     for row in load(file):
         key = (row.method, row.tokens, row.lr, row.lambda_, row.flags)
         groups.setdefault(key, []).append(row)
-    control = next((rows for rows in groups.values() if rows[0].method == CONTROL), None)
-    if control is None:
+    controls = _controls(groups.values())
+    if len(controls) == 1:
         raise ValueError(f"{file} has no row of {CONTROL!r}")
-    beside = statistics.mean(row.wikitext2_valid_ppl for row in control)
     lines = [
         [
             rows[0].method,
             f"`{rows[0].flags}`" if rows[0].flags else "",
             f"{rows[0].tokens / 1e6:.1f} M",
-            *("" if value is None else f"{value:.2g}" for value in (rows[0].lr, rows[0].lambda_)),
+            *("" if value is None else f"{value:.3g}" for value in (rows[0].lr, rows[0].lambda_)),
             str(len(rows)),
             _over_seeds([row.held_out_ppl for row in rows], "{:.2f}"),
             _over_seeds([row.wikitext2_valid_ppl for row in rows], "{:.2f}"),
-            f"{statistics.mean(row.wikitext2_valid_ppl for row in rows) / beside:.2f}",
+            _ratio(_wikitext2(rows), controls.get(rows[0].tokens)),
             _over_seeds([row.piqa for row in rows], "{:.1%}"),
             _over_seeds([row.arc_easy for row in rows], "{:.1%}"),
         ]
@@ -198,6 +198,27 @@ def update_page(page: Path, file: Path) -> None:
     header += ["kept apart" if evaluated_on == "eval_data" else evaluated_on]
     header += ["WikiText-2", "x control", "piqa", "arc_easy"]
     replace_between(page, BEGIN, END, table(header, lines))
+
+
+def _controls(groups: Iterable[list[Row]]) -> dict[int, float]:
+    """What perplexities on WikiText-2 are divided by, by tokens: dense after as many of them.
+
+    Of several rates the best is the control.
+    """
+    found: dict[int, float] = {}
+    for rows in groups:
+        if rows[0].method in (UNTOUCHED, CONTROL):
+            tokens, value = rows[0].tokens, _wikitext2(rows)
+            found[tokens] = min(value, found.get(tokens, value))
+    return found
+
+
+def _wikitext2(rows: list[Row]) -> float:
+    return statistics.mean(row.wikitext2_valid_ppl for row in rows)
+
+
+def _ratio(value: float, control: float | None) -> str:
+    return "" if control is None else f"{value / control:.2f}"
 
 
 def _over_seeds(values: list[float], shown: str) -> str:

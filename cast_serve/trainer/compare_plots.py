@@ -29,26 +29,31 @@ def write_plots(rows: Sequence[Row], given: Mapping[str, Any], folder: Path) -> 
 def plot_curves(rows: Sequence[Row], path: Path) -> None:
     """Perplexity against tokens: solid as pruned then, dashed as it trains where that differs.
 
-    On the left all of it; on the right the second half of the budget of the sparse methods alone,
-    where those that the prune's loss hides on the left come apart.
+    On the left all of it; on the right the sparse methods alone, each in the second half of its
+    budget, where those that the prune's loss hides on the left come apart.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 5), layout="constrained")
+    legend_lines = math.ceil((1 + len(rows)) / 2)
+    figure = Figure(figsize=(12, 5 + 0.2 * legend_lines), layout="constrained")
     FigureCanvasAgg(figure)
     whole, half = figure.subplots(1, 2)
     for axes in (whole, half):
         _draw_curves(axes, rows)
     whole.set(ylabel="perplexity", yscale="log", title="As pruned at that point (dashed: before)")
-    whole.legend(fontsize=8)
     half.set(title="Sparse methods in the second half")
-    late = _second_half([row for row in rows if row.method != "dense"]) or _second_half(rows)
+    late = _second_halves([row for row in rows if row.method != "dense"]) or _second_halves(rows)
     if late:
-        shown = [y for _, y in late]
-        margin = 0.05 * (max(shown) - min(shown))
-        half.set_xlim(min(x for x, _ in late), max(x for x, _ in late) * 1.02)
+        times, shown = zip(*late, strict=True)
+        margin = 0.05 * (max(shown) - min(shown) or max(shown))
+        # The shortest budget is not to be a corner of the plot.
+        if max(times) > 4 * min(times):
+            half.set_xscale("log")
+        half.set_xlim(min(times), max(times) * 1.02)
         half.set_ylim(min(shown) - margin, max(shown) + margin)
+    handles, labels = whole.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=120)
 
 
@@ -72,11 +77,14 @@ def _draw_curves(axes: Any, rows: Sequence[Row]) -> None:
     axes.grid(alpha=0.3, which="both")
 
 
-def _second_half(rows: Sequence[Row]) -> list[tuple[int, float]]:
+def _second_halves(rows: Sequence[Row]) -> list[tuple[int, float]]:
     """(tokens, perplexity) of the points there that an axis can hold; a ruined run has others."""
-    points = [(point.tokens, _pruned(point)) for row in rows for point in row.curve]
-    most = max((tokens for tokens, _ in points), default=0)
-    late = ((tokens, value) for tokens, value in points if 2 * tokens >= most > 0)
+    late = (
+        (point.tokens, _pruned(point))
+        for row in rows
+        for point in row.curve
+        if 2 * point.tokens >= row.curve[-1].tokens > 0
+    )
     return [(tokens, value) for tokens, value in late if math.isfinite(value)]
 
 
@@ -89,7 +97,10 @@ def plot_final(rows: Sequence[Row], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 1 + 0.4 * len(rows)), layout="constrained")
+    names = [_label(row, rows) for row in rows]
+    # The bars keep 5 inches beside the longest name.
+    width = 5 + 0.08 * max(map(len, names))
+    figure = Figure(figsize=(width, 1 + 0.4 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     colours, values = _colours(rows), [row.perplexity for row in rows]
@@ -98,7 +109,7 @@ def plot_final(rows: Sequence[Row], path: Path) -> None:
     axes.axvline(rows[0].perplexity_dense, color="grey", lw=1, ls=":", label=DENSE)
     if max(values) > 10 * min(values):
         axes.set_xscale("log")
-    axes.set_yticks(range(len(rows)), [_label(row, rows) for row in rows])
+    axes.set_yticks(range(len(rows)), names)
     axes.invert_yaxis()
     axes.margins(x=0.15)
     axes.set(xlabel="perplexity", title="Perplexity of the written models")
@@ -149,10 +160,12 @@ def _label(row: Row, rows: Sequence[Row]) -> str:
     """The method, and what tells its row from others of the same method."""
     peers = [other for other in rows if other.method == row.method]
     parts = [row.method]
+    if len({peer.tokens for peer in peers}) > 1:
+        parts.append(f"{row.tokens / 1e6:.3g} M tokens")
     if len({peer.lr for peer in peers}) > 1:
-        parts.append(f"lr {row.lr:.2g}")
+        parts.append(f"lr {row.lr:.3g}")
     if len({peer.lambda_ for peer in peers}) > 1:
-        parts.append(f"lambda {row.lambda_:.2g}")
+        parts.append(f"lambda {row.lambda_:.3g}")
     # Of a comparison that was made in pieces, which may have had other flags each.
     varied = {key for peer in peers for key in peer.varied}
     for key in dict.fromkeys(key for peer in peers for key in peer.settings if key not in varied):

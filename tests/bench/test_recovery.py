@@ -89,6 +89,25 @@ def test_pieces_with_other_seeds_and_flags(comparison, tmp_path):
     assert other[7] == "22.00"
 
 
+def test_the_control_has_as_many_tokens_and_the_best_rate(comparison, tmp_path):
+    """Without one nothing is divided; what was not trained is divided by the model as it came."""
+    rows = [
+        row("cast", 22.0, 5e-6) | {"tokens": 33_600_000, "checkpoint": "cast-long"},
+        row("cast", 21.0, 5e-6) | {"tokens": 134_000_000, "checkpoint": "cast-longest"},
+        row("dense", 16.0) | {"tokens": 33_600_000, "checkpoint": "dense-long"},
+        row("dense", 19.0) | {"tokens": 33_600_000, "checkpoint": "dense-long-fast", "lr": 1e-3},
+        row("wanda", 96.0) | {"tokens": 0, "checkpoint": "wanda"},
+    ]
+    table = table_of([comparison, write(tmp_path / "more", *rows)], tmp_path)
+    ratios = {(line[0], line[2], line[3]): line[8] for line in table}
+    assert ratios["untouched, dense", "0.0 M", ""] == "1.00"
+    assert ratios["wanda", "0.0 M", "0.0003"] == "4.00"
+    assert ratios["cast", "8.4 M", "0.0003"] == "1.25"
+    assert ratios["cast", "33.6 M", "0.0003"] == "1.38"
+    assert ratios["dense", "33.6 M", "0.001"] == "1.19"
+    assert ratios["cast", "134.0 M", "0.0003"] == ""
+
+
 @pytest.mark.parametrize(
     ("evaluated_on", "head"), [("held-out", "held-out"), ("eval_data", "kept apart")]
 )
