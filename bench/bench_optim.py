@@ -32,8 +32,8 @@ from cast_serve.bench.decoders import Decoder
 from cast_serve.bench.result_file import positive
 from cast_serve.bench.timing import Timing, copy_gbps
 from cast_serve.kernels.measure import stream_time_us
+from cast_serve.trainer.adams.optimizer import AdamS
 from cast_serve.trainer.config import Pattern
-from cast_serve.trainer.optim import AdamS
 
 MOST_RATIO = 1.10
 MASK_INTERVAL = 10

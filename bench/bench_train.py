@@ -39,13 +39,13 @@ from cast_serve.trainer.capacity import GPUS, Shape, flops_per_token, memory
 from cast_serve.trainer.config import RunConfig
 from cast_serve.trainer.data import BlockStream
 from cast_serve.trainer.data_source import DataSource
+from cast_serve.trainer.distillation.teacher import make_teacher
 from cast_serve.trainer.gradient import Gradient
 from cast_serve.trainer.layers import compile_blocks, layers_of
 from cast_serve.trainer.methods import method_of
 from cast_serve.trainer.objective import prepare_head
 from cast_serve.trainer.processes import Processes
 from cast_serve.trainer.run_dir import Fixed
-from cast_serve.trainer.teacher import make_teacher
 
 MOST_RATIO = 1.45
 WARM_UP = 5

@@ -83,8 +83,8 @@ def collect(comparisons: Sequence[Path], out: Path) -> Path:
         ValueError: that is no JSON, or the folders are not of one comparison.
     """
     # Optional packages (the extra `train`), and slow to import.
-    from cast_serve.trainer.compare_plots import plot_curves, plot_final
-    from cast_serve.trainer.compare_results import read_results
+    from cast_serve.trainer.comparison.plots import plot_curves, plot_final
+    from cast_serve.trainer.comparison.results import read_results
 
     pieces = {folder: read_results(folder) for folder in comparisons}
     _require_one_comparison({folder: found for folder, (found, _) in pieces.items()})

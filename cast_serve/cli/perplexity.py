@@ -10,7 +10,7 @@ from cast_serve.model_loaders.errors import CheckpointError
 from cast_serve.trainer.data import read_tokens, to_blocks
 from cast_serve.trainer.data_source import DataSource
 from cast_serve.trainer.errors import RunError
-from cast_serve.trainer.evaluate import mean_loss, to_perplexity
+from cast_serve.trainer.evaluation.mean_loss import mean_loss, to_perplexity
 from cast_serve.trainer.source import context_length
 from cast_serve.trainer.sparse_source import load_sparse
 

@@ -13,13 +13,13 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from cast_serve.trainer.config import RunConfig
-from cast_serve.trainer.distill import chunk_tokens
+from cast_serve.trainer.distillation.loss import chunk_tokens
 from cast_serve.trainer.head import returns_its_head
 from cast_serve.trainer.layers import LayerChoice, blocks_name, decoder_blocks, layers_of
 
 # AdamS reads w, g, mu, nu and a byte of mask and writes w, mu, nu, all fp32.
 _OPTIMIZER_BYTES = 29
-# Of a weight on a CPU (adams_rule.py): what is copied in the same time, measured.
+# Of a weight on a CPU (adams/rule.py): what is copied in the same time, measured.
 _HOST_OPTIMIZER_BYTES = 70
 # A pass adds its gradients to those of the passes before, fp32.
 _SUM_BYTES = 12

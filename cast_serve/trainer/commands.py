@@ -16,12 +16,12 @@ Command = Callable[[Sequence[str]], int]
 
 # name: "module:function"
 COMMANDS = {
-    "compare": "cast_serve.trainer.compare:main",
+    "compare": "cast_serve.trainer.comparison.main:main",
     "estimate": "cast_serve.trainer.estimate:main",
     "evaluate": "cast_serve.trainer.evaluation.command:main",
     "finetune": "cast_serve.trainer.finetune.main:main",
     "generate": "cast_serve.trainer.generation.main:main",
-    "prune": "cast_serve.trainer.prune:main",
+    "prune": "cast_serve.trainer.oneshot.command:main",
     "scaling": "cast_serve.trainer.scaling.main:main",
 }
 

@@ -11,47 +11,21 @@ layout in the training form: weight [in, out], cast_scale [out, n].
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from cast_serve.model_loaders.errors import CheckpointError
 from cast_serve.trainer.config import RunConfig
-from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.layers import scaled_layers
 from cast_serve.trainer.source import copy_companions, read_config
 
 # In a run's folder, while its output is written.
 TRAINING_FORM = "training-form"
 _FORMAT_VERSION = 1
-
-
-@contextmanager
-def output_errors(config: RunConfig, *, trained: bool) -> Iterator[None]:
-    """Raise RunError where the disk is full or a folder cannot be written.
-
-    Args:
-        trained: there is a finished training to write again.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError, CheckpointError) as error:
-        reason = getattr(error, "strerror", None) or error
-        if trained:
-            raise RunError(
-                f"output: cannot write {config.output} ({reason}); the training is done and saved: "
-                "make room and write it with --resume"
-            ) from error
-        raise RunError(
-            f"output: cannot write {config.output} ({reason}); make room and start it again"
-        ) from error
 
 
 def write_training_form(

@@ -9,17 +9,17 @@ from torch import nn
 
 from cast_serve.trainer.config import RunConfig
 from cast_serve.trainer.data import Corpus
-from cast_serve.trainer.evaluate import mean_loss
+from cast_serve.trainer.evaluation.mean_loss import mean_loss
 from cast_serve.trainer.export import (
     TRAINING_FORM,
     dtype_name,
-    output_errors,
     prune_and_fold_,
     publish,
     write_training_form,
 )
 from cast_serve.trainer.journal import read_history
 from cast_serve.trainer.layers import scaled_layers
+from cast_serve.trainer.output import output_errors
 from cast_serve.trainer.parallel import whole_weights
 from cast_serve.trainer.plan import Plan
 from cast_serve.trainer.plots import write_plots
@@ -76,7 +76,7 @@ def _write_training_form(
 ) -> None:
     """Write the unpruned model, of which all forms of output are made."""
     target = config.run_dir / TRAINING_FORM
-    with output_errors(config, trained=True):
+    with output_errors(config.output, trained=True):
         shutil.rmtree(target, ignore_errors=True)
         write_training_form(
             source.model,
@@ -96,7 +96,7 @@ def _export(
 ) -> None:
     """Write config.output, and the plots of the run."""
     training_form = config.run_dir / TRAINING_FORM
-    with output_errors(config, trained=True):
+    with output_errors(config.output, trained=True):
         publish(
             source.model,
             pruned,

@@ -23,13 +23,13 @@ from transformers import PreTrainedModel
 from cast_serve.trainer.attention import attend_to_whole_blocks
 from cast_serve.trainer.config import RunConfig
 from cast_serve.trainer.data import collate
-from cast_serve.trainer.distill import Loss, Targets
+from cast_serve.trainer.distillation.loss import Loss, Targets
+from cast_serve.trainer.distillation.teacher import Teacher
+from cast_serve.trainer.distillation.teacher_cache import CachedStream, batch_targets
 from cast_serve.trainer.head import loss_head
 from cast_serve.trainer.objective import Objective
 from cast_serve.trainer.processes import Processes
 from cast_serve.trainer.recorded import Pass, Recorded
-from cast_serve.trainer.teacher import Teacher
-from cast_serve.trainer.teacher_cache import CachedStream, batch_targets
 
 
 class Gradient:

@@ -9,13 +9,13 @@ import time
 import torch
 
 from cast_serve.trainer import checkpoint
+from cast_serve.trainer.adams.optimizer import AdamS
 from cast_serve.trainer.config import RunConfig
 from cast_serve.trainer.gradient import Gradient
 from cast_serve.trainer.guard import Guard
 from cast_serve.trainer.journal import Journal
 from cast_serve.trainer.masks import progress
 from cast_serve.trainer.methods.adamw import MaskedAdamW
-from cast_serve.trainer.optim import AdamS
 from cast_serve.trainer.preview import preview
 from cast_serve.trainer.run_dir import Fixed
 from cast_serve.trainer.schedule import Schedule

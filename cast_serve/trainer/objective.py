@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from cast_serve.trainer.config import RunConfig
-from cast_serve.trainer.distill import (
+from cast_serve.trainer.distillation.loss import (
     IGNORED,
     Loss,
     Targets,
@@ -54,7 +54,7 @@ class Objective:
     def of(cls, config: RunConfig) -> "Objective":
         loss: LinearLoss = linear_distillation_loss
         if config.loss == "liger":
-            from cast_serve.trainer.liger import liger_distillation_loss
+            from cast_serve.trainer.distillation.liger import liger_distillation_loss
 
             loss = liger_distillation_loss
         return cls(

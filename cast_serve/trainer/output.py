@@ -1,7 +1,11 @@
-"""Whether an output can be written: asked before the work, not found out after it."""
+"""Whether an output can be written: asked before the work, and said in one line after it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
+
+from safetensors import SafetensorError
 
 from cast_serve.model_loaders.errors import CheckpointError
 from cast_serve.model_loaders.write import check_output
@@ -38,4 +42,25 @@ def require_writable(output: Path) -> None:
     except OSError as error:
         raise RunError(
             f"output: cannot write {output}: {error.strerror}; choose another"
+        ) from error
+
+
+@contextmanager
+def output_errors(output: Path, *, trained: bool) -> Iterator[None]:
+    """Raise RunError where the disk is full or a folder cannot be written.
+
+    Args:
+        trained: there is a finished training to write again.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, CheckpointError) as error:
+        reason = getattr(error, "strerror", None) or error
+        if trained:
+            raise RunError(
+                f"output: cannot write {output} ({reason}); the training is done and saved: "
+                "make room and write it with --resume"
+            ) from error
+        raise RunError(
+            f"output: cannot write {output} ({reason}); make room and start it again"
         ) from error

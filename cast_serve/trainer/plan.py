@@ -22,11 +22,11 @@ from cast_serve.trainer.config import (
     RunConfig,
 )
 from cast_serve.trainer.data import Corpus
+from cast_serve.trainer.distillation.teacher_cache import cache_bytes
 from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.layers import LayerChoice
 from cast_serve.trainer.masks import Progress, progress, weight_mask
 from cast_serve.trainer.schedule import Schedule, whole_steps
-from cast_serve.trainer.teacher_cache import cache_bytes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from cast_serve.trainer.config import Pattern
-from cast_serve.trainer.evaluate import mean_loss, to_perplexity
+from cast_serve.trainer.evaluation.mean_loss import mean_loss, to_perplexity
 from cast_serve.trainer.layers import scaled_layers
 from cast_serve.trainer.processes import ALONE, Processes
 from cast_serve.trainer.sharding import local

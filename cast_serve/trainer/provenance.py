@@ -5,7 +5,7 @@ from typing import Any
 
 from cast_serve.trainer.config import RunConfig
 from cast_serve.trainer.data import Corpus
-from cast_serve.trainer.evaluate import to_perplexity
+from cast_serve.trainer.evaluation.mean_loss import to_perplexity
 from cast_serve.trainer.plan import Plan
 from cast_serve.trainer.run_dir import Fixed
 

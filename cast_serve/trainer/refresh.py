@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cast_serve.trainer.adams_rule import Implementation, Reference
+from cast_serve.trainer.adams.rule import Implementation, Reference
 from cast_serve.trainer.config import Pattern
 
 # Weights times the norms of their inputs that there are at once: 1 GiB in fp32.
@@ -30,7 +30,7 @@ def make_implementation(name: str, weights: Sequence[torch.Tensor]) -> Implement
     if name == "reference":
         return Reference()
     # Triton is there where torch has CUDA, and not everywhere else.
-    from cast_serve.trainer.adams_fused import Fused
+    from cast_serve.trainer.adams.fused import Fused
 
     return Fused()
 

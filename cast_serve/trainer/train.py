@@ -17,8 +17,15 @@ from cast_serve.trainer.calibrate import require_lambda
 from cast_serve.trainer.config import RunConfig
 from cast_serve.trainer.data import BlockStream, Corpus, hub_commits, load_corpus
 from cast_serve.trainer.data.packing import require_document_attention
+from cast_serve.trainer.distillation.teacher import make_teacher
+from cast_serve.trainer.distillation.teacher_cache import (
+    CachedStream,
+    Origin,
+    TeacherCache,
+    sequences_of,
+)
 from cast_serve.trainer.errors import RunError
-from cast_serve.trainer.evaluate import mean_loss
+from cast_serve.trainer.evaluation.mean_loss import mean_loss
 from cast_serve.trainer.finish import finish
 from cast_serve.trainer.gradient import Gradient
 from cast_serve.trainer.importance import kept_or_measured, set_importance
@@ -45,8 +52,6 @@ from cast_serve.trainer.run_dir import (
     write_run,
 )
 from cast_serve.trainer.source import Source, context_length, load_empty_source, load_source
-from cast_serve.trainer.teacher import make_teacher
-from cast_serve.trainer.teacher_cache import CachedStream, Origin, TeacherCache, sequences_of
 
 
 def run(config: RunConfig, console: Console) -> None:

@@ -31,7 +31,7 @@ PASSED_ON = {
     "cast_serve/server/serve.py: fail(f'{type(error).__name__}: {_said(error)}')",
     "cast_serve/server/serve.py: fail(_said(error), WRONG_USAGE)",
     "cast_serve/server/serve.py: fail(str(error))",
-    "cast_serve/trainer/compare.py: RunError(error)",
+    "cast_serve/trainer/comparison/main.py: RunError(error)",
     "cast_serve/trainer/output.py: RunError(f'output: {error}')",
     "cast_serve/trainer/processes.py: RunError(str(outcome[1]))",
     "cast_serve/trainer/scaling/main.py: RunError(str(error))",

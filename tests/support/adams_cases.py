@@ -12,8 +12,8 @@ if __name__ == "__main__":
 
 import torch
 
-from cast_serve.trainer.adams_fused import Fused
-from cast_serve.trainer.adams_rule import Reference, Slot, StepNumbers
+from cast_serve.trainer.adams.fused import Fused
+from cast_serve.trainer.adams.rule import Reference, Slot, StepNumbers
 from cast_serve.trainer.config import Pattern
 from cast_serve.trainer.schedule import decay_share
 

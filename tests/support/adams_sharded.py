@@ -14,10 +14,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from cast_serve.trainer.adams.optimizer import AdamS
 from cast_serve.trainer.config import Pattern
 from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.masks import progress
-from cast_serve.trainer.optim import AdamS
 
 STEPS, SAVED_AT = 25, 13
 # Shape and input dimension: rows that divide by two, that do not, fewer rows than ranks, a Conv1D

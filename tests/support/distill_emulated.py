@@ -11,8 +11,8 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 
-from cast_serve.trainer import distill_triton
-from cast_serve.trainer.distill_block import block_loss
+from cast_serve.trainer.distillation import triton_kernel as distill_triton
+from cast_serve.trainer.distillation.block import block_loss
 
 
 def run(case: dict) -> dict:

@@ -13,9 +13,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from cast_serve.trainer.distillation.teacher import Teacher
 from cast_serve.trainer.head import put_loss_head
 from cast_serve.trainer.objective import Objective
-from cast_serve.trainer.teacher import Teacher
 
 WORLD = 2
 

@@ -2,7 +2,10 @@
 
 import json
 import random
+import resource
+import signal
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -140,3 +143,21 @@ def completions(tmp_path: Path) -> Path:
     ]
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
+
+
+@pytest.fixture
+def no_large_files() -> Callable[[], AbstractContextManager[None]]:
+    """A context in which this process can write no file of 100 kB: a disk that fills."""
+
+    @contextmanager
+    def limited() -> Iterator[None]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        signalled = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            signal.signal(signal.SIGXFSZ, signalled)
+
+    return limited

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from cast_serve.trainer.distill import distillation_loss
+from cast_serve.trainer.distillation.loss import distillation_loss
 
 TOKENS, VOCAB = 11, 17
 

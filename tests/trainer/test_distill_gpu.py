@@ -7,8 +7,8 @@ memory of forward and backward, by Triton, by torch.compile and from whole logit
 import pytest
 import torch
 
-from cast_serve.trainer import distill_block
-from cast_serve.trainer.distill import (
+from cast_serve.trainer.distillation import block as distill_block
+from cast_serve.trainer.distillation.loss import (
     Projection,
     TopK,
     chunk_tokens,
@@ -129,9 +129,9 @@ def test_top_k_on_the_gpu():
 
 def test_offloaded_teacher(make_config, tiny_models):
     """Copies overlap with the work on a stream of their own: many passes, all the same."""
+    from cast_serve.trainer.distillation.teacher import make_teacher
     from cast_serve.trainer.head import put_loss_head
     from cast_serve.trainer.processes import Processes
-    from cast_serve.trainer.teacher import make_teacher
 
     model = tiny_models["llama"](num_hidden_layers=7, hidden_size=256, intermediate_size=1024)
     put_loss_head(model)

@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cast_serve.trainer import distill
-from cast_serve.trainer.distill import (
+from cast_serve.trainer.distillation import loss as distill
+from cast_serve.trainer.distillation.loss import (
     Projection,
     chunk_tokens,
     distillation_loss,

@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from aot import SHARED_LIMIT, compile_for
 
-from cast_serve.trainer.distill_triton import BLOCK, WARPS, distill_kernel
+from cast_serve.trainer.distillation.triton_kernel import BLOCK, WARPS, distill_kernel
 
 SUPPORT = Path(__file__).parents[1] / "support"
 

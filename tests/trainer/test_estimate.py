@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from cast_serve.trainer import estimate
+from cast_serve.trainer.adams.optimizer import AdamS
 from cast_serve.trainer.capacity import GPUS, Shape, flops_per_token, memory, speed
 from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.layers import add_scales, choose_layers, optimizer_groups
 from cast_serve.trainer.main import main
-from cast_serve.trainer.optim import AdamS
 
 
 def estimated(capsys, *flags: str) -> tuple[int, dict]:

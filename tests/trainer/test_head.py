@@ -19,13 +19,13 @@ from transformers import (
 )
 
 from cast_serve.trainer.config import RunConfig
-from cast_serve.trainer.distill import Projection
+from cast_serve.trainer.distillation.loss import Projection
+from cast_serve.trainer.distillation.teacher import Teacher
 from cast_serve.trainer.errors import RunError
-from cast_serve.trainer.evaluate import mean_loss
+from cast_serve.trainer.evaluation.mean_loss import mean_loss
 from cast_serve.trainer.head import loss_head, put_loss_head, returns_its_head
 from cast_serve.trainer.layers import compile_blocks
 from cast_serve.trainer.objective import Objective, next_tokens, prepare_head
-from cast_serve.trainer.teacher import Teacher
 from cast_serve.trainer.train import run
 
 SHAPE = {
@@ -185,8 +185,8 @@ def test_evaluation_leaves_training_its_own_shapes(tiny_models, monkeypatch):
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_liger(temperature):
     pytest.importorskip("liger_kernel", reason="Liger-Kernel is not installed")
-    from cast_serve.trainer.distill import linear_distillation_loss
-    from cast_serve.trainer.liger import liger_distillation_loss
+    from cast_serve.trainer.distillation.liger import liger_distillation_loss
+    from cast_serve.trainer.distillation.loss import linear_distillation_loss
 
     draw = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(12, 8, generator=draw), torch.randn(31, 8, generator=draw)

@@ -14,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from cast_serve.kernels.pattern import nm_mask
 from cast_serve.trainer import importance, refresh
-from cast_serve.trainer.adams_rule import Reference
+from cast_serve.trainer.adams.optimizer import AdamS
+from cast_serve.trainer.adams.rule import Reference
 from cast_serve.trainer.config import Pattern
 from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.gradient import Gradient
@@ -22,7 +23,6 @@ from cast_serve.trainer.importance import kept_or_measured, measure, set_importa
 from cast_serve.trainer.layers import ScaledConv1D, ScaledLinear, add_scales, choose_layers
 from cast_serve.trainer.methods.adamw import MaskedAdamW
 from cast_serve.trainer.methods.layers import MaskedConv1D, MaskedLinear
-from cast_serve.trainer.optim import AdamS
 from cast_serve.trainer.preview import pruned
 from cast_serve.trainer.run_dir import IMPORTANCE
 from cast_serve.trainer.train import run

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import resource
-import signal
 
 import pytest
 import torch
@@ -19,7 +17,7 @@ from cast_serve.trainer.config import DEFAULT_ADAMW_LR, RunConfig
 from cast_serve.trainer.config_checks import METHODS_OF
 from cast_serve.trainer.data import BlockStream, load_corpus
 from cast_serve.trainer.errors import RunError
-from cast_serve.trainer.evaluate import mean_loss
+from cast_serve.trainer.evaluation.mean_loss import mean_loss
 from cast_serve.trainer.gradient import Gradient
 from cast_serve.trainer.journal import read_history
 from cast_serve.trainer.layers import choose_layers
@@ -360,18 +358,12 @@ def test_options_that_a_method_would_ignore(make_config, changes, message):
         make_config(**changes)
 
 
-def test_full_disk_after_a_one_shot_prune(make_config):
+def test_full_disk_after_a_one_shot_prune(make_config, no_large_files):
     """What is large is not written in part, and one line says what to do."""
     config = make_config(**settings("fixed-mask"))
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    signalled = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-    try:
-        with pytest.raises(RunError, match=r"cannot write .*out \(.*\); make room and start it"):
-            prune_without_training(config)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, signalled)
+    message = r"cannot write .*out \(.*\); make room and start it"
+    with no_large_files(), pytest.raises(RunError, match=message):
+        prune_without_training(config)
     assert not config.output.exists()
     prune_without_training(config)
     record = json.loads((config.output / "cast.json").read_text())

@@ -15,7 +15,7 @@ from cast_serve.trainer.data import read_tokens, to_blocks
 from cast_serve.trainer.data_source import DataSource
 from cast_serve.trainer.evaluation.checkpoint import load_checkpoint
 from cast_serve.trainer.main import main
-from cast_serve.trainer.oneshot import prune_oneshot
+from cast_serve.trainer.oneshot.prune import prune_oneshot
 from cast_serve.trainer.source import load_source
 
 
@@ -146,3 +146,15 @@ def test_output_is_not_overwritten(prune, tmp_path, llama_dir):
     assert status == 2
     assert "exists and is not an empty folder" in err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "4:8"])
+def test_full_disk(prune, llama_dir, tmp_path, no_large_files, pattern):
+    flags = ("--pattern", pattern, "--dtype", "float32")
+    with no_large_files():
+        status, _, err = prune(llama_dir, "magnitude", *flags)
+    assert status == 2
+    assert err.startswith("cast-train prune: error: output: cannot write ")
+    assert err.endswith("make room and start it again\n")
+    assert list(tmp_path.iterdir()) == []
+    assert prune(llama_dir, "magnitude", *flags)[0] == 0

@@ -20,7 +20,7 @@ from cast_serve.trainer.calibrate import measure_lambda
 from cast_serve.trainer.data import BlockStream
 from cast_serve.trainer.data_source import DataSource
 from cast_serve.trainer.errors import RunError
-from cast_serve.trainer.evaluate import mean_loss
+from cast_serve.trainer.evaluation.mean_loss import mean_loss
 from cast_serve.trainer.gradient import Gradient
 from cast_serve.trainer.guard import Guard
 from cast_serve.trainer.journal import read_history

@@ -6,11 +6,11 @@ import psutil
 import pytest
 import torch
 
+from cast_serve.trainer.distillation.teacher import _twin, make_teacher
 from cast_serve.trainer.head import put_loss_head
 from cast_serve.trainer.layers import blocks_name
 from cast_serve.trainer.offload import OffloadedBlocks
 from cast_serve.trainer.processes import ALONE
-from cast_serve.trainer.teacher import _twin, make_teacher
 
 CPU = torch.device("cpu")
 

@@ -12,13 +12,18 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from cast_serve.trainer import teacher_cache, train
-from cast_serve.trainer.distill import TopK, distillation_loss, top_k_of
+from cast_serve.trainer.distillation.loss import TopK, distillation_loss, top_k_of
+from cast_serve.trainer.distillation.teacher import make_teacher
+from cast_serve.trainer.distillation.teacher_cache import (
+    Origin,
+    TeacherCache,
+    batch_targets,
+    cache_bytes,
+)
 from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.head import put_loss_head
 from cast_serve.trainer.journal import read_history
 from cast_serve.trainer.processes import ALONE, Processes
-from cast_serve.trainer.teacher import make_teacher
-from cast_serve.trainer.teacher_cache import Origin, TeacherCache, batch_targets, cache_bytes
 
 QUIET = Console(quiet=True)
 CONTEXT, VOCAB = 16, 257

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from cast_serve.trainer.distill import IGNORED
-from cast_serve.trainer.evaluate import mean_loss, to_perplexity
+from cast_serve.trainer.distillation.loss import IGNORED
+from cast_serve.trainer.evaluation.mean_loss import mean_loss, to_perplexity
 from cast_serve.trainer.head import loss_head
 from cast_serve.trainer.objective import Objective, next_tokens
 

@@ -31,7 +31,7 @@ from cast_serve.trainer.data.files import (
     require_unicode,
 )
 from cast_serve.trainer.data_source import DataSource
-from cast_serve.trainer.distill import IGNORED
+from cast_serve.trainer.distillation.loss import IGNORED
 from cast_serve.trainer.errors import RunError
 
 # Pieces of one sequence in order; the loss is taken on those marked True.

@@ -17,9 +17,9 @@ from transformers import ProgressCallback, Trainer, TrainingArguments
 from cast_serve.model_loaders.checkpoint import read_json
 from cast_serve.model_loaders.rewrite import rewrite
 from cast_serve.model_loaders.write import PROVENANCE, new_folder, write_json
-from cast_serve.trainer.distill import IGNORED, distillation_loss
+from cast_serve.trainer.distillation.loss import IGNORED, distillation_loss
 from cast_serve.trainer.errors import RunError
-from cast_serve.trainer.evaluate import to_perplexity
+from cast_serve.trainer.evaluation.mean_loss import to_perplexity
 from cast_serve.trainer.finetune.config import FinetuneConfig
 from cast_serve.trainer.finetune.examples import (
     Example,

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from cast_serve.trainer import flips
-from cast_serve.trainer.adams_rule import Implementation
+from cast_serve.trainer.adams.rule import Implementation
 from cast_serve.trainer.layers import optimizer_groups
 from cast_serve.trainer.methods.layers import masked_layers
 from cast_serve.trainer.refresh import Masked, make_implementation, refresh_masks

@@ -5,13 +5,13 @@ from abc import ABC, abstractmethod
 from torch import nn
 from transformers import PreTrainedModel
 
+from cast_serve.trainer.adams.optimizer import AdamS
 from cast_serve.trainer.config import RunConfig
 from cast_serve.trainer.data import BlockStream
 from cast_serve.trainer.gradient import Gradient
 from cast_serve.trainer.layers import LayerChoice
 from cast_serve.trainer.methods.adamw import MaskedAdamW
 from cast_serve.trainer.methods.start import prune_at_start
-from cast_serve.trainer.optim import AdamS
 from cast_serve.trainer.run_dir import Fixed
 
 

@@ -3,11 +3,11 @@
 from torch import nn
 from transformers import PreTrainedModel
 
+from cast_serve.trainer.adams.optimizer import AdamS
 from cast_serve.trainer.calibrate import measure_lambda
 from cast_serve.trainer.gradient import Gradient
 from cast_serve.trainer.layers import LayerChoice, add_scales, optimizer_groups, scaled_layers
 from cast_serve.trainer.methods.base import Method
-from cast_serve.trainer.optim import AdamS
 from cast_serve.trainer.run_dir import Fixed
 
 

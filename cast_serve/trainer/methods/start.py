@@ -12,7 +12,7 @@ from cast_serve.trainer.data import BlockStream
 from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.layers import LayerChoice
 from cast_serve.trainer.masks import weight_mask
-from cast_serve.trainer.oneshot import prune_oneshot
+from cast_serve.trainer.oneshot.prune import prune_oneshot
 
 # As Wanda and SparseGPT calibrate.
 CALIBRATION_SEQUENCES = 128

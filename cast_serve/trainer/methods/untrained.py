@@ -4,16 +4,16 @@ import shutil
 
 from cast_serve.trainer.config import RunConfig
 from cast_serve.trainer.data import hub_commits
-from cast_serve.trainer.evaluate import mean_loss
+from cast_serve.trainer.evaluation.mean_loss import mean_loss
 from cast_serve.trainer.export import (
     TRAINING_FORM,
-    output_errors,
     publish,
     write_training_form,
 )
 from cast_serve.trainer.layers import layers_of
 from cast_serve.trainer.methods import method_of
 from cast_serve.trainer.methods.start import CALIBRATION_SEQUENCES
+from cast_serve.trainer.output import output_errors
 from cast_serve.trainer.processes import takes_gpu
 from cast_serve.trainer.provenance import of_one_shot
 from cast_serve.trainer.run_dir import Fixed, write_run
@@ -55,7 +55,7 @@ def prune_without_training(config: RunConfig) -> None:
     loss = mean_loss(model, corpus.evaluation, batch_size=config.batch_size)
     provenance = of_one_shot(config, corpus, fixed, after=loss)
     training_form = config.run_dir / TRAINING_FORM
-    with output_errors(config, trained=False):
+    with output_errors(config.output, trained=False):
         shutil.rmtree(training_form, ignore_errors=True)
         write_training_form(
             model,

@@ -1,5 +1,8 @@
-"""One-shot pruning: magnitude, Wanda, SparseGPT."""
+"""One-shot pruning, the baselines that CAST's training is measured against.
 
-from cast_serve.trainer.oneshot.prune import METHODS, prune_oneshot
-
-__all__ = ["METHODS", "prune_oneshot"]
+command     cast-train prune
+run         from a dense checkpoint to a pruned one
+prune       magnitude, Wanda and SparseGPT on a model in memory
+wanda       the score of Wanda
+sparsegpt   the prune and update of SparseGPT
+"""

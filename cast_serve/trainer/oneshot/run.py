@@ -18,7 +18,7 @@ from cast_serve.trainer.data_source import DataSource
 from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.export import write_dense, write_training_form
 from cast_serve.trainer.oneshot.prune import METHODS, Method, prune_oneshot
-from cast_serve.trainer.output import require_free, require_writable
+from cast_serve.trainer.output import output_errors, require_free, require_writable
 from cast_serve.trainer.processes import takes_gpu
 from cast_serve.trainer.provenance import versions
 from cast_serve.trainer.source import context_length, load_source
@@ -93,7 +93,6 @@ def run(request: Request, *, progress: Callable[[int, int], None] | None = None)
 
     Raises:
         RunError: something a user can put right.
-        CheckpointError: the output cannot be written.
     """
     require_writable(request.output)
     source = load_source(request.model)
@@ -108,7 +107,8 @@ def run(request: Request, *, progress: Callable[[int, int], None] | None = None)
     )
     dtype = source.output_dtype(request.dtype)
     dense = [choice.name for choice in choices if choice.dense_because]
-    _write(request, source.model, dense, dtype, _provenance(request, calibration))
+    with output_errors(request.output, trained=False):
+        _write(request, source.model, dense, dtype, _provenance(request, calibration))
     seen = f", {len(calibration.ids)} x {calibration.ids.shape[1]} tokens" if calibration else ""
     return (
         f"pruned {len(choices) - len(dense)} layers to {request.pattern} "

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from cast_serve.trainer.config import RunConfig
-from cast_serve.trainer.distill import Projection
+from cast_serve.trainer.distillation.loss import Projection
 from cast_serve.trainer.head import loss_head
 from cast_serve.trainer.layers import compile_blocks, without_blocks
 from cast_serve.trainer.objective import logits_of

@@ -5,13 +5,13 @@
     OUTPUT/results.*    .json, .md; perplexity.png, final.png
 
 With --vary each method also runs with other values of a flag, one flag at a time: a sweep, which
-OUTPUT/varied.png shows (compare_vary.py).
+OUTPUT/varied.png shows (vary.py).
 
 With --text and --zero-shot every checkpoint, and the dense model as it came, is also asked what
-cast-train evaluate asks (compare_evaluation.py).
+cast-train evaluate asks (answers.py).
 
 The same command again runs what is missing: finished runs are kept, an interrupted one continues.
-With --jobs several run at once, each on a GPU of its own where there are as many (compare_run.py).
+With --jobs several run at once, each on a GPU of its own where there are as many (runs.py).
 """
 
 import argparse
@@ -26,8 +26,8 @@ from typing import Any
 from rich.console import Console
 
 from cast_serve.trainer.arguments import Parser, given_values, parse
-from cast_serve.trainer.compare_evaluation import UNTOUCHED, Questions
-from cast_serve.trainer.compare_vary import Variation, parse_variations, rule_of
+from cast_serve.trainer.comparison.answers import UNTOUCHED, Questions
+from cast_serve.trainer.comparison.vary import Variation, parse_variations, rule_of
 from cast_serve.trainer.config import RunConfig
 from cast_serve.trainer.config_checks import METHODS_OF, given_in_vain, key_of, unread_defaults
 from cast_serve.trainer.errors import RunError
@@ -94,8 +94,8 @@ def main(arguments: Sequence[str]) -> int:
     # Here, because transformers takes seconds to import and --help must not wait for it.
     from transformers.utils.logging import disable_progress_bar
 
-    from cast_serve.trainer.compare_results import write_results
-    from cast_serve.trainer.compare_run import ask, carry_out
+    from cast_serve.trainer.comparison.results import write_results
+    from cast_serve.trainer.comparison.runs import ask, carry_out
 
     disable_progress_bar()
     console = Console(highlight=False)

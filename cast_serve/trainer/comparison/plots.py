@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cast_serve.trainer.compare_results import DENSE, Point, Row, number
+from cast_serve.trainer.comparison.results import DENSE, Point, Row, number
 
 
 def write_plots(rows: Sequence[Row], given: Mapping[str, Any], folder: Path) -> None:

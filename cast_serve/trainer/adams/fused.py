@@ -1,4 +1,4 @@
-"""AdamS on an NVIDIA GPU: one launch a parameter group (adams_triton.py), and nothing that waits.
+"""AdamS on an NVIDIA GPU: one launch a parameter group (triton_kernels.py), and nothing that waits.
 
   Shapes   any, contiguous; masks of N:4, N:8 and N:16
   Dtypes   weights, gradients and moments fp32, masks bool
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from triton import knobs
 
-from cast_serve.trainer.adams_rule import Reference, Slot, StepNumbers
-from cast_serve.trainer.adams_triton import (
+from cast_serve.trainer.adams.rule import Reference, Slot, StepNumbers
+from cast_serve.trainer.adams.triton_kernels import (
     REFRESH_COLUMNS,
     UPDATE_COLUMNS,
     refresh_columns_kernel,

@@ -25,9 +25,9 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from cast_serve.trainer.config import RunConfig
-from cast_serve.trainer.distill import TopK, top_k_of
+from cast_serve.trainer.distillation.loss import TopK, top_k_of
+from cast_serve.trainer.distillation.teacher import Teacher
 from cast_serve.trainer.errors import RunError
-from cast_serve.trainer.teacher import Teacher
 
 Item = dict[str, torch.Tensor]
 

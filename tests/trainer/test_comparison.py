@@ -13,15 +13,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from cast_serve.trainer import compare
-from cast_serve.trainer.compare import METHODS, parse_comparison
-from cast_serve.trainer.compare_plots import lines_of, plot_curves
-from cast_serve.trainer.compare_results import Point, Row, read_results, render
+from cast_serve.trainer.comparison import main as compare
+from cast_serve.trainer.comparison.main import METHODS, parse_comparison
+from cast_serve.trainer.comparison.plots import lines_of, plot_curves
+from cast_serve.trainer.comparison.results import Point, Row, read_results, render
 from cast_serve.trainer.config_checks import own_settings
 from cast_serve.trainer.data import load_corpus
 from cast_serve.trainer.data_source import DataSource
 from cast_serve.trainer.errors import RunError
-from cast_serve.trainer.evaluate import mean_loss, to_perplexity
+from cast_serve.trainer.evaluation.mean_loss import mean_loss, to_perplexity
 from cast_serve.trainer.gradient import Gradient
 from cast_serve.trainer.main import main
 from cast_serve.trainer.run_dir import Fixed, held, read_run, write_run

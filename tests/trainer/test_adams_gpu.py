@@ -9,10 +9,10 @@ import adams_cases
 from adams_cases import MASK_PATTERNS, STEP_CASES, Case
 from transformers.pytorch_utils import Conv1D
 
+from cast_serve.trainer.adams.optimizer import AdamS
 from cast_serve.trainer.config import Pattern
 from cast_serve.trainer.methods.adamw import MaskedAdamW
 from cast_serve.trainer.methods.layers import MaskedConv1D, MaskedLinear
-from cast_serve.trainer.optim import AdamS
 
 pytestmark = pytest.mark.gpu
 

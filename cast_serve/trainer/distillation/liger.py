@@ -1,4 +1,4 @@
-"""The loss through Liger-Kernel's chunked distillation, an alternative to distill.py.
+"""The loss through Liger-Kernel's chunked distillation, an alternative to loss.py.
 
 LigerFusedLinearJSDLoss (liger-kernel 0.8.5) with beta = 0 is KL(P_teacher || P_student) over the
 tokens whose label is not ignored, and takes the weights of both terms. It lacks the tau^2 of the
@@ -12,7 +12,7 @@ KL, which goes into the weight here. It is not the default, because
 
 import torch
 
-from cast_serve.trainer.distill import Loss, Projection, Targets, linear_distillation_loss
+from cast_serve.trainer.distillation.loss import Loss, Projection, Targets, linear_distillation_loss
 
 
 def liger_distillation_loss(

@@ -1,4 +1,4 @@
-"""The Triton kernels of AdamS; `adams_fused.py` launches them.
+"""The Triton kernels of AdamS; `fused.py` launches them.
 
 A launch takes all weights of a parameter group, of whatever sizes: row i of `table` holds the
 addresses and size of weight i, `owner` the weight that each program works on. One launch a weight

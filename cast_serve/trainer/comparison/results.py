@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cast_serve.trainer.compare import Job
-from cast_serve.trainer.compare_evaluation import UNTOUCHED, read_answers
+from cast_serve.trainer.comparison.answers import UNTOUCHED, read_answers
+from cast_serve.trainer.comparison.main import Job
 from cast_serve.trainer.config import RunConfig
 from cast_serve.trainer.config_checks import own_settings
 from cast_serve.trainer.errors import RunError
@@ -82,11 +82,11 @@ def read_results(folder: Path) -> tuple[dict[str, Any], list[Row]]:
 
 
 def write_results(jobs: Sequence[Job], folder: Path) -> list[Row]:
-    """Write results.json, results.md and the plots (compare_plots.py) of finished `jobs`."""
+    """Write results.json, results.md and the plots (plots.py) of finished `jobs`."""
     import torch
 
     from cast_serve.bench.environment import describe
-    from cast_serve.trainer.compare_plots import write_plots
+    from cast_serve.trainer.comparison.plots import write_plots
 
     _require_same_text(jobs)
     rows = [read_row(job) for job in jobs]

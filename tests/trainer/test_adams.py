@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-from cast_serve.trainer import adams_rule
+from cast_serve.trainer.adams import rule as adams_rule
+from cast_serve.trainer.adams.optimizer import AdamS
 from cast_serve.trainer.config import Pattern
-from cast_serve.trainer.optim import AdamS
 
 LR, DECAY, BETA1, BETA2, EPS = 3e-2, 0.4, 0.9, 0.95, 1e-8
 

@@ -16,8 +16,8 @@ With `second_moment` "gradient", which is not the paper's, v has g where the rul
 of weights that survive or stay dense are Adam's, and those of masked weights under the full decay
 the same as before.
 
-The arithmetic is in adams_rule.py (the rule as written) and adams_fused.py (GPUs); here is what it
-works on: parameter groups, state, and the shards of a weight that several processes hold.
+The arithmetic is in rule.py (as written) and fused.py (GPUs); here is what it works on: parameter
+groups, state, and the shards of a weight that several processes hold.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +27,7 @@ from typing import Any, Literal
 import torch
 
 from cast_serve.trainer import flips
-from cast_serve.trainer.adams_rule import Implementation, Slot, StepNumbers
+from cast_serve.trainer.adams.rule import Implementation, Slot, StepNumbers
 from cast_serve.trainer.config import Pattern
 from cast_serve.trainer.refresh import Masked, make_implementation, refresh_masks
 from cast_serve.trainer.schedule import decay_share, masked_speed

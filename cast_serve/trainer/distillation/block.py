@@ -1,4 +1,4 @@
-"""The loss (Eq. 13) and its gradient on one block of logits: what distill.py does chunk by chunk.
+"""The loss (Eq. 13) and its gradient on one block of logits: what loss.py does chunk by chunk.
 
     Shapes   z_CV logits of the student, of C tokens; labels_C int64, -100 is ignored
     Teacher  logits t_CV, or a TopK of its distribution, or nothing (eta = 0)
@@ -78,7 +78,7 @@ def block_loss(
         compiled: through torch.compile, where no Triton kernel takes the block.
     """
     if _takes_triton(z_CV, teacher):
-        from cast_serve.trainer.distill_triton import distill_rows
+        from cast_serve.trainer.distillation.triton_kernel import distill_rows
 
         assert not isinstance(teacher, TopK)
         ce_C, kl_C = distill_rows(

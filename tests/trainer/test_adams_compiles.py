@@ -8,8 +8,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from aot import Compiled, compile_for
 
-from cast_serve.trainer import adams_fused as fused
-from cast_serve.trainer.adams_triton import (
+from cast_serve.trainer.adams import fused
+from cast_serve.trainer.adams.triton_kernels import (
     REFRESH_COLUMNS,
     UPDATE_COLUMNS,
     refresh_columns_kernel,

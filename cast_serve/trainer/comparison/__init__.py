@@ -1,0 +1,9 @@
+"""cast-train compare: every method on the same model, data and token budget.
+
+main      the command: which runs there are
+vary      other values of a flag, as runs
+runs      carrying runs out, one after the other or several at once
+answers   what cast-train evaluate says of their checkpoints
+results   rows, results.json and results.md
+plots     the plots
+"""
