@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from checkout import copy_checkout
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = (".py", ".cu", ".cuh", ".json", ".html", ".css", ".js", ".svg")
@@ -46,9 +47,10 @@ def test_links_are_relative(name):
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
+    source = copy_checkout(folder / "checkout")
     # Without isolation, so that it needs no package index: setuptools is in the lock file.
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder)]
-    subprocess.run([*command, str(ROOT)], check=True, capture_output=True)
+    subprocess.run([*command, str(source)], check=True, capture_output=True)
     return next(folder.glob("cast_serve-*.whl"))
 
 

@@ -1,7 +1,6 @@
 """What a release is: a version from git, a wheel and an sdist that hold the same."""
 
 import re
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -13,30 +12,16 @@ from pathlib import Path
 
 import pytest
 from build.util import project_wheel_metadata
+from checkout import ROOT, copy_checkout, copy_tracked_files, git, tracked_files
 
-ROOT = Path(__file__).parent.parent
 CONSTRAINTS = ROOT / "requirements" / "cpu.txt"
 EXAMPLE = ROOT / "examples" / "tiny-llama-2of4"
 
 
-def git(*arguments: str, cwd: Path = ROOT) -> str:
-    done = subprocess.run(["git", *arguments], cwd=cwd, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
-
-
-@pytest.fixture(scope="module")
-def tracked() -> list[str]:
-    return git("ls-files").splitlines()
-
-
 @pytest.fixture
-def source(tmp_path, tracked) -> Path:
+def source(tmp_path) -> Path:
     """The tracked files as they are now, without history."""
-    folder = tmp_path / "source"
-    for name in tracked:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, folder / name, follow_symlinks=False)
-    return folder
+    return copy_tracked_files(tmp_path / "source")
 
 
 def repository(source: Path, *tags: str) -> None:
@@ -78,28 +63,33 @@ def test_extras():
 
 
 @pytest.fixture(scope="module")
-def distributions(tmp_path_factory) -> tuple[Path, Path]:
+def checkout(tmp_path_factory) -> Path:
+    return copy_checkout(tmp_path_factory.mktemp("release") / "checkout")
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory, checkout) -> tuple[Path, Path]:
     """The sdist of this checkout, and the wheel that is built from that sdist."""
     folder = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, checkout]
     subprocess.run(command, check=True, capture_output=True)
     return next(folder.glob("*.tar.gz")), next(folder.glob("*.whl"))
 
 
-def test_sdist_holds_what_git_tracks(distributions, tracked):
+def test_sdist_holds_what_git_tracks(distributions):
     sdist, _ = distributions
     with tarfile.open(sdist) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
     # Links have become what they point to.
-    missing = {name for name in tracked if not (ROOT / name).is_symlink()} - held
+    missing = {name for name in tracked_files() if not (ROOT / name).is_symlink()} - held
     assert not missing
     assert {"PKG-INFO", "cast_serve/kernels/wgmma_sp.cu"} <= held
 
 
-def test_wheel_of_the_sdist_is_the_wheel_of_the_checkout(distributions, tmp_path):
+def test_wheel_of_the_sdist_is_the_wheel_of_the_checkout(distributions, checkout, tmp_path):
     _, wheel = distributions
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation"]
-    subprocess.run([*command, "--outdir", tmp_path, ROOT], check=True, capture_output=True)
+    subprocess.run([*command, "--outdir", tmp_path, checkout], check=True, capture_output=True)
     (direct,) = tmp_path.glob("*.whl")
     assert direct.name == wheel.name
     assert contents(direct) == contents(wheel)

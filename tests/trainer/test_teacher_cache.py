@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 from safetensors.torch import load_file
 
-from cast_serve.trainer import teacher_cache, train
+from cast_serve.trainer import train
+from cast_serve.trainer.distillation import teacher_cache
 from cast_serve.trainer.distillation.loss import TopK, distillation_loss, top_k_of
 from cast_serve.trainer.distillation.teacher import make_teacher
 from cast_serve.trainer.distillation.teacher_cache import (
