@@ -32,7 +32,7 @@ def environment() -> dict[str, str]:
 
 @pytest.mark.parametrize(
     "file",
-    ["kernels/test_mma_sp_compiles", "trainer/test_optim_compiles", "trainer/test_distill_triton"],
+    ["kernels/test_mma_sp_compiles", "trainer/test_adams_compiles", "trainer/test_distill_triton"],
 )
 def test_compiles(environment: dict[str, str], file: str) -> None:
     tests = [sys.executable, "-m", "pytest", "-q", "-x", TESTS / f"{file}.py"]

@@ -1,4 +1,4 @@
-"""AdamS's Triton kernels against the reference: interpreted here, on a GPU in test_optim_gpu.py."""
+"""AdamS's Triton kernels against the reference: interpreted here, on a GPU in test_adams_gpu.py."""
 
 import json
 import os
