@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from build.util import project_wheel_metadata
-from checkout import ROOT, copy_checkout, copy_tracked_files, git, tracked_files
+from checkout import ROOT, copy_checkout, copy_files, git, tracked_files
 
 CONSTRAINTS = ROOT / "requirements" / "cpu.txt"
 EXAMPLE = ROOT / "examples" / "tiny-llama-2of4"
@@ -20,8 +20,8 @@ EXAMPLE = ROOT / "examples" / "tiny-llama-2of4"
 
 @pytest.fixture
 def source(tmp_path) -> Path:
-    """The tracked files as they are now, without history."""
-    return copy_tracked_files(tmp_path / "source")
+    """The files as they are now, without history."""
+    return copy_files(tmp_path / "source")
 
 
 def repository(source: Path, *tags: str) -> None:

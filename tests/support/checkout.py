@@ -16,11 +16,10 @@ def tracked_files() -> list[str]:
     return git("ls-files").splitlines()
 
 
-def copy_tracked_files(folder: Path) -> Path:
-    """The tracked files as they are now; returns `folder`."""
-    for name in tracked_files():
+def copy_files(folder: Path) -> Path:
+    """The files as they are now, but for what git ignores; returns `folder`."""
+    for name in git("ls-files", "--cached", "--others", "--exclude-standard").splitlines():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).unlink(missing_ok=True)
         shutil.copy(ROOT / name, folder / name, follow_symlinks=False)
     return folder
 
@@ -28,7 +27,7 @@ def copy_tracked_files(folder: Path) -> Path:
 def copy_checkout(folder: Path) -> Path:
     """The same, with the history that the version comes from; returns `folder`."""
     git("clone", "--quiet", "--no-checkout", str(ROOT), str(folder))
-    copy_tracked_files(folder)
+    copy_files(folder)
     # An sdist holds what git tracks.
     git("add", "--all", cwd=folder)
     return folder

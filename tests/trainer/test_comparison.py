@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from cast_serve.trainer.comparison import main as compare
-from cast_serve.trainer.comparison.main import METHODS, parse_comparison
+from cast_serve.trainer.comparison.jobs import METHODS
+from cast_serve.trainer.comparison.main import parse_comparison
 from cast_serve.trainer.comparison.plots import lines_of, plot_curves
 from cast_serve.trainer.comparison.results import Point, Row, read_results, render
 from cast_serve.trainer.config_checks import own_settings

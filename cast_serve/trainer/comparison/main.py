@@ -18,7 +18,7 @@ import argparse
 import os
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -27,58 +27,20 @@ from rich.console import Console
 
 from cast_serve.trainer.arguments import Parser, given_values, parse
 from cast_serve.trainer.comparison.answers import UNTOUCHED, Questions
+from cast_serve.trainer.comparison.jobs import (
+    METHODS,
+    ONE_SHOT,
+    PRUNED_FIRST,
+    TRAINED,
+    Comparison,
+    Job,
+)
 from cast_serve.trainer.comparison.vary import Variation, parse_variations, rule_of
 from cast_serve.trainer.config import RunConfig
 from cast_serve.trainer.config_checks import METHODS_OF, given_in_vain, key_of, unread_defaults
 from cast_serve.trainer.errors import RunError
 
-ONE_SHOT = ("magnitude", "wanda", "sparsegpt")
-TRAINED = ("dense", "fixed-mask", "sr-ste", "ast", "cast")
-# METHOD:ONE-SHOT is pruned by the second before it is trained by the first.
-_PRUNED_FIRST = ("fixed-mask:wanda", "fixed-mask:sparsegpt", "cast:sparsegpt")
-METHODS = (*ONE_SHOT, *TRAINED, *_PRUNED_FIRST)
 _WITH_DECAY = ("cast", "sr-ste", "ast")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """One row of the table. `method` is as on the command line; one-shot methods train nothing.
-
-    `questions` are the same in every row; `variation` is what it has otherwise than the others.
-    """
-
-    method: str
-    config: RunConfig
-    questions: Questions
-    variation: Variation | None = None
-
-    @property
-    def name(self) -> str:
-        return self.config.output.name
-
-    @property
-    def trains(self) -> bool:
-        return self.method not in ONE_SHOT
-
-    @property
-    def finished(self) -> bool:
-        """The output is renamed to its name when it is whole."""
-        return (self.config.output / "cast.json").is_file()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """What a command line asks for.
-
-    Attributes:
-        jobs: in the order of --methods; those of --only.
-        in_part: --only was given, so there is no table.
-        at_once: how many of them run at a time.
-    """
-
-    jobs: list[Job]
-    in_part: bool
-    at_once: int
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -191,7 +153,7 @@ def _parser() -> argparse.ArgumentParser:
         "--methods",
         default=",".join((*ONE_SHOT, *TRAINED)),
         metavar="A,B",
-        help=f"of {', '.join(METHODS)} (default: all but the last {len(_PRUNED_FIRST)})",
+        help=f"of {', '.join(METHODS)} (default: all but the last {len(PRUNED_FIRST)})",
     )
     parser.add_argument("--seeds", metavar="N,N", help="each method once with each (default: 0)")
     parser.add_argument(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cast_serve.trainer.comparison.answers import UNTOUCHED, read_answers
-from cast_serve.trainer.comparison.main import Job
+from cast_serve.trainer.comparison.jobs import Job
 from cast_serve.trainer.config import RunConfig
 from cast_serve.trainer.config_checks import own_settings
 from cast_serve.trainer.errors import RunError

@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 
 from cast_serve.trainer.comparison.answers import evaluate_once
-from cast_serve.trainer.comparison.main import Comparison, Job
+from cast_serve.trainer.comparison.jobs import Comparison, Job
 from cast_serve.trainer.errors import RunError
 
 # A job that has ended, and why it failed; None: it did not.

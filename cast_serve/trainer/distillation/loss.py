@@ -3,10 +3,10 @@
     linear_distillation_loss   from the last hidden states: no [tokens, vocab] tensor exists
     distillation_loss          from logits, for models that change them after their head
 
-Both go through the tokens in chunks (block.py) and compute the gradient with the loss,
-because autograd would keep several [tokens, vocab] fp32 tensors alive between the two. The first
-makes the logits of a chunk, turns them into their gradient, multiplies that into the gradients of
-the hidden states and of the head, fp32, and forgets it.
+Both go through the tokens in chunks (block.py) and compute the gradient with the loss, because
+autograd would keep several [tokens, vocab] fp32 tensors alive between the two. The first makes the
+logits of a chunk, turns them into their gradient, multiplies that into the gradients of the hidden
+states and of the head, fp32, and forgets it.
 """
 
 import math

@@ -18,6 +18,7 @@ from cast_serve.trainer.errors import RunError, first_line
 from cast_serve.trainer.generation.characters import Decode, without_part
 from cast_serve.trainer.generation.distinct import Distinct, Verdict
 from cast_serve.trainer.generation.prompts import Prompts, begin_token
+from cast_serve.trainer.output import output_errors
 from cast_serve.trainer.source import LOADING_ERRORS
 
 if TYPE_CHECKING:
@@ -192,13 +193,8 @@ def _complete(
 
 
 def _append(output: Path, lines: list[str]) -> None:
-    try:
-        with output.open("a", encoding="utf-8") as file:
-            file.writelines(lines)
-    except OSError as error:
-        raise RunError(
-            f"output: cannot write {output} ({error.strerror}); make room and start it again"
-        ) from error
+    with output_errors(output, trained=False), output.open("a", encoding="utf-8") as file:
+        file.writelines(lines)
 
 
 def _shares(counts: Counter[str]) -> str:
