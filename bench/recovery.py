@@ -2,12 +2,13 @@
 
     python -m bench.recovery COMPARISON...   folders that cast-train compare wrote
 
-Several folders are one comparison made in pieces: the same model, texts and budget, and other
-methods, flags or seeds in each. They may be of several commits: a row has its own. The pieces so
+Several folders are one comparison made in pieces: the same model and texts, and other methods,
+flags, seeds or budgets in each. They may be of several commits: a row has its own. The pieces so
 far are results/smollm2-runs/*, where new ones go too.
 
 Writes    smollm2.json (`env`, `setting`, `rows`) and the comparison's two plots, under --out;
-          `python -m bench.render` puts the table into docs/cast-in-practice.md.
+          `python -m bench.render` puts the table into docs/cast-in-practice.md, and what came of
+          the largest budget into README.md.
 """
 
 import argparse
@@ -135,14 +136,15 @@ def _require_one_comparison(found: dict[Path, dict[str, Any]]) -> None:
             raise ValueError(
                 f"not one comparison: model, texts or context of {folder} and {first} differ"
             )
+    # A checkpoint's name has the method, rate, lambda and seed in it.
     runs = [
-        (row["method"], row["checkpoint"], json.dumps(row["settings"], sort_keys=True))
+        (row["checkpoint"], row["tokens"], json.dumps(row["settings"], sort_keys=True))
         for other in found.values()
         for row in other["rows"]
     ]
     for run in runs:
         if runs.count(run) > 1:
-            raise ValueError(f"not one comparison: {run[1]} is in two of the folders")
+            raise ValueError(f"not one comparison: {run[0]} is in two of the folders")
 
 
 def _answers(answers: dict[str, Any]) -> dict[str, float]:
@@ -170,13 +172,8 @@ def update_page(page: Path, file: Path) -> None:
     Raises:
         ValueError: the markers are not there, or no row is of the control.
     """
-    groups: dict[tuple[object, ...], list[Row]] = {}
-    for row in load(file):
-        key = (row.method, row.tokens, row.lr, row.lambda_, row.flags)
-        groups.setdefault(key, []).append(row)
-    controls = _controls(groups.values())
-    if not any(rows[0].method == CONTROL for rows in groups.values()):
-        raise ValueError(f"{file} has no row of {CONTROL!r}")
+    groups = _by_seed(file)
+    controls = _controls(groups)
     lines = [
         [
             rows[0].method,
@@ -184,20 +181,63 @@ def update_page(page: Path, file: Path) -> None:
             f"{rows[0].tokens / 1e6:.1f} M",
             *("" if value is None else f"{value:.3g}" for value in (rows[0].lr, rows[0].lambda_)),
             str(len(rows)),
-            _over_seeds([row.held_out_ppl for row in rows], "{:.2f}"),
-            _over_seeds([row.wikitext2_valid_ppl for row in rows], "{:.2f}"),
-            _ratio(_wikitext2(rows), controls.get(rows[0].tokens)),
-            _over_seeds([row.piqa for row in rows], "{:.1%}"),
-            _over_seeds([row.arc_easy for row in rows], "{:.1%}"),
+            *_found(rows, controls),
         ]
-        for rows in groups.values()
+        for rows in groups
     ]
-    evaluated_on = json.loads(file.read_text())["setting"]["evaluated_on"]
-    header = ["method", "flags", "tokens", "lr", "lambda", "seeds"]
-    # A text of its own, which nothing was trained on, is no share of the training text.
-    header += ["kept apart" if evaluated_on == "eval_data" else evaluated_on]
-    header += ["WikiText-2", "x control", "piqa", "arc_easy"]
+    header = ["method", "flags", "tokens", "lr", "lambda", "seeds", *_columns(file)]
     replace_between(page, BEGIN, END, table(header, lines))
+
+
+def update_readme(readme: Path, file: Path) -> None:
+    """Put what came of the largest budget of `file` into `readme`, below the one-shot methods.
+
+    Raises:
+        ValueError: the markers are not there, or no row is of the control.
+    """
+    groups = _by_seed(file)
+    controls = _controls(groups)
+    largest = max(rows[0].tokens for rows in groups)
+    lines = [
+        [rows[0].method, f"{rows[0].tokens / 1e6:.1f} M", *_found(rows, controls)]
+        for rows in groups
+        if rows[0].tokens in (0, largest)
+    ]
+    replace_between(readme, BEGIN, END, table(["method", "tokens", *_columns(file)], lines))
+
+
+def _by_seed(file: Path) -> list[list[Row]]:
+    """The rows of `file`; those that differ by their seed alone together.
+
+    Raises:
+        ValueError: no row is of the control.
+    """
+    groups: dict[tuple[object, ...], list[Row]] = {}
+    for row in load(file):
+        key = (row.method, row.tokens, row.lr, row.lambda_, row.flags)
+        groups.setdefault(key, []).append(row)
+    if not any(rows[0].method == CONTROL for rows in groups.values()):
+        raise ValueError(f"{file} has no row of {CONTROL!r}")
+    return list(groups.values())
+
+
+def _columns(file: Path) -> list[str]:
+    """The heads of `_found`."""
+    evaluated_on = json.loads(file.read_text())["setting"]["evaluated_on"]
+    # A text of its own, which nothing was trained on, is no share of the training text.
+    held_out = "kept apart" if evaluated_on == "eval_data" else evaluated_on
+    return [held_out, "WikiText-2", "x control", "piqa", "arc_easy"]
+
+
+def _found(rows: list[Row], controls: dict[int, float]) -> list[str]:
+    """What was measured of rows that differ by their seed alone."""
+    return [
+        _over_seeds([row.held_out_ppl for row in rows], "{:.2f}"),
+        _over_seeds([row.wikitext2_valid_ppl for row in rows], "{:.2f}"),
+        _ratio(_wikitext2(rows), controls.get(rows[0].tokens)),
+        _over_seeds([row.piqa for row in rows], "{:.1%}"),
+        _over_seeds([row.arc_easy for row in rows], "{:.1%}"),
+    ]
 
 
 def _controls(groups: Iterable[list[Row]]) -> dict[int, float]:

@@ -55,6 +55,7 @@ def main() -> None:
         sweep_render.update_page(PRACTICE, file)
     if RECOVERY.exists():
         recovery.update_page(PRACTICE, RECOVERY)
+        recovery.update_readme(README, RECOVERY)
     print(README, KERNELS_README, PRACTICE, sep="\n")
 
 

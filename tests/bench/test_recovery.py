@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cast_serve.bench.paths import RESULTS
-from cast_serve.bench.recovery import BEGIN, END, collect, load, update_page
+from cast_serve.bench.recovery import BEGIN, END, collect, load, update_page, update_readme
 
 
 def answers(perplexity: float) -> dict:
@@ -94,8 +94,8 @@ def test_the_control_has_as_many_tokens_and_the_best_rate(comparison, tmp_path):
     rows = [
         row("cast", 22.0, 5e-6) | {"tokens": 33_600_000, "checkpoint": "cast-long"},
         row("cast", 21.0, 5e-6) | {"tokens": 134_000_000, "checkpoint": "cast-longest"},
-        row("dense", 16.0) | {"tokens": 33_600_000, "checkpoint": "dense-long"},
-        row("dense", 19.0) | {"tokens": 33_600_000, "checkpoint": "dense-long-fast", "lr": 1e-3},
+        row("dense", 16.0) | {"tokens": 33_600_000},
+        row("dense", 19.0) | {"tokens": 33_600_000, "checkpoint": "dense-fast", "lr": 1e-3},
         row("wanda", 96.0) | {"tokens": 0, "checkpoint": "wanda"},
     ]
     table = table_of([comparison, write(tmp_path / "more", *rows)], tmp_path)
@@ -106,6 +106,23 @@ def test_the_control_has_as_many_tokens_and_the_best_rate(comparison, tmp_path):
     assert ratios["cast", "33.6 M", "0.0003"] == "1.38"
     assert ratios["dense", "33.6 M", "0.001"] == "1.19"
     assert ratios["cast", "134.0 M", "0.0003"] == ""
+
+
+def test_readme_has_the_largest_budget_and_the_one_shot_methods(comparison, tmp_path):
+    longer = {"tokens": 33_600_000}
+    rows = [row("wanda", 96.0) | {"tokens": 0, "checkpoint": "wanda"}]
+    rows += [row("dense", 16.0) | longer, row("cast", 24.0, 5e-6) | longer]
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{BEGIN}\n{END}\n")
+    update_readme(readme, collect([comparison, write(tmp_path / "more", *rows)], tmp_path))
+    assert readme.read_text().splitlines()[1:-1] == [
+        "| method | tokens | held-out | WikiText-2 | x control | piqa | arc_easy |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| untouched, dense | 0.0 M | 25.00 | 24.00 | 1.00 | 60.0% | 40.0% |",
+        "| wanda | 0.0 M | 97.00 | 96.00 | 4.00 | 60.0% | 40.0% |",
+        "| dense | 33.6 M | 17.00 | 16.00 | 1.00 | 60.0% | 40.0% |",
+        "| cast | 33.6 M | 25.00 | 24.00 | 1.50 | 60.0% | 40.0% |",
+    ]
 
 
 @pytest.mark.parametrize(

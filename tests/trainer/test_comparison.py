@@ -504,3 +504,29 @@ def test_plot_of_a_run_that_was_ruined(tmp_path):
     )
     plot_curves([row], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_a_long_legend_is_inside_the_plot(tmp_path):
+    from matplotlib.image import imread
+
+    long = {"decay_ramp": 0.02, "second_moment": "gradient", "mask_metric": "activation"}
+    rows = [
+        Row(
+            method="fixed-mask:sparsegpt",
+            checkpoint=f"run-{lr}",
+            tokens=3000,
+            lr=lr,
+            lambda_=None,
+            seed=0,
+            perplexity_dense=20.0,
+            perplexity_before_prune=30.0,
+            perplexity=30.0,
+            curve=(Point(tokens=0, perplexity=20.0, pruned=100.0),),
+            settings=settings | {"dense_rate": lr},
+        )
+        for lr, settings in ((1e-3, long), (2e-3, {}), (3e-3, long))
+    ]
+    plot_curves(rows, tmp_path / "plot.png")
+    shown = imread(tmp_path / "plot.png")[..., :3]
+    assert (shown[:, :2] == 1).all()
+    assert (shown[:, -2:] == 1).all()

@@ -35,8 +35,10 @@ def plot_curves(rows: Sequence[Row], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    # The legend is below, in two columns; a letter of it is 0.057 inches wide.
     legend_lines = math.ceil((1 + len(rows)) / 2)
-    figure = Figure(figsize=(12, 5 + 0.2 * legend_lines), layout="constrained")
+    width = max(12, 2 * (0.7 + 0.057 * max(len(_label(row, rows)) for row in rows)))
+    figure = Figure(figsize=(width, 5 + 0.2 * legend_lines), layout="constrained")
     FigureCanvasAgg(figure)
     whole, half = figure.subplots(1, 2)
     for axes in (whole, half):
