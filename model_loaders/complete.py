@@ -6,6 +6,7 @@ vLLM itself checks that only where a checkpoint has no quantization_config.
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from cast_serve.model_loaders.checkpoint import INDEX, SINGLE, Checkpoint
 from cast_serve.model_loaders.errors import CheckpointError
@@ -17,12 +18,10 @@ _BLOCK_COUNT = {
     **dict.fromkeys(("phi3", "qwen2", "qwen3"), "num_hidden_layers"),
     "gpt2": "n_layer",
 }
-# Tensors outside the blocks, by the end of their names.
-_OUTSIDE = {
-    "gpt2": ("wte.weight", "wpe.weight"),
-    "opt": ("embed_tokens.weight", "embed_positions.weight"),
-}
-_OUTSIDE_DEFAULT = ("embed_tokens.weight", "norm.weight")
+# Those whose head is a matrix of its own where config.json does not say: transformers' defaults.
+_UNTIED = frozenset({"llama", "mistral", "phi3", "qwen2", "qwen3"})
+# Ends of the names of architectures that predict tokens; others have no use for an lm_head.
+_PREDICT_TOKENS = ("ForCausalLM", "LMHeadModel")
 
 _IN_BLOCK = re.compile(r"(.*?\.)?(\d+)(\..+)")
 
@@ -42,14 +41,47 @@ def require_complete(checkpoint: Checkpoint, shapes: Mapping[str, Shape]) -> Non
     if family not in _BLOCK_COUNT:
         return
     _require_blocks(checkpoint, shapes, checkpoint.config.get(_BLOCK_COUNT[family]))
-    outside = list(_OUTSIDE.get(family, _OUTSIDE_DEFAULT))
-    if checkpoint.config.get("tie_word_embeddings") is False:
-        outside.append("lm_head.weight")
-    for end in outside:
-        if not any(name.endswith(end) for name in checkpoint.entries):
+    for end in _outside_blocks(family, checkpoint.config):
+        # norm.weight is no end of input_layernorm.weight.
+        if not any(f".{name}".endswith(f".{end}") for name in checkpoint.entries):
             raise CheckpointError(
                 _listing(checkpoint), "is missing; the checkpoint is incomplete", end
             )
+
+
+def _outside_blocks(family: str, config: Mapping[str, Any]) -> list[str]:
+    """What is outside the blocks, by the ends of its names: prefixes differ by architecture."""
+    if family == "gpt2":
+        names = ["wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias"]
+    elif family == "opt":
+        names = ["embed_tokens.weight", "embed_positions.weight", *_opt_norm(config)]
+        hidden = config.get("hidden_size")
+        if config.get("word_embed_proj_dim", hidden) != hidden:
+            names += ["project_in.weight", "project_out.weight"]
+    else:
+        names = ["embed_tokens.weight", "norm.weight"]
+    return [*names, "lm_head.weight"] if _has_head(family, config) else names
+
+
+def _opt_norm(config: Mapping[str, Any]) -> list[str]:
+    """The final norm of an OPT, which need not have one, nor weights in it."""
+    weighs = config.get("layer_norm_elementwise_affine", True)
+    kept = not config.get("_remove_final_layer_norm", False)
+    if not (config.get("do_layer_norm_before", True) and kept and weighs):
+        return []
+    # Each block has a final_layer_norm as well.
+    return ["decoder.final_layer_norm.weight", "decoder.final_layer_norm.bias"]
+
+
+def _has_head(family: str, config: Mapping[str, Any]) -> bool:
+    """Whether the model multiplies by a head that is not its embeddings."""
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list) or not architectures:
+        # vLLM takes what predicts tokens, then.
+        architectures = [_PREDICT_TOKENS[0]]
+    if not any(str(name).endswith(_PREDICT_TOKENS) for name in architectures):
+        return False
+    return not config.get("tie_word_embeddings", family not in _UNTIED)
 
 
 def _require_blocks(checkpoint: Checkpoint, shapes: Mapping[str, Shape], declared: object) -> None:

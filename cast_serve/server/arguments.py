@@ -13,6 +13,8 @@ from cast_serve.server.body_limit import MAX_REQUEST_BYTES
 from cast_serve.server.drain import WATCHED
 from cast_serve.server.facts import EXTENSION
 
+LAST_PORT = 65535
+
 # vLLM's own default is 0, which aborts the requests in flight.
 DRAIN_SECONDS = 60
 
@@ -77,6 +79,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.model = args.model_tag or args.model
     if args.model is None:
         parser.error("which checkpoint? Give --model DIR")
+    if not 0 <= args.port <= LAST_PORT:
+        parser.error(f"--port {args.port}: from 0, which takes a free one, to {LAST_PORT}")
     if args.max_request_bytes < 1:
         parser.error(f"--max-request-bytes {args.max_request_bytes}: at least 1")
     _require_own_front_end(args, parser)

@@ -16,6 +16,9 @@ from torch import AcceleratorError, OutOfMemoryError
 # The name, in Linux's abstract namespace, of the socket on which serve.py listens.
 SOCKET = "CAST_SERVE_LOAD_FAILURE"
 
+# Bytes of what is told.
+LONGEST = 2000
+
 # Those of vLLM's processes that load.
 LOGGERS = ("vllm.v1.executor.multiproc_executor", "vllm.v1.engine.core")
 
@@ -33,12 +36,12 @@ def listen() -> socket.socket:
     return listening
 
 
-def heard(listening: socket.socket) -> bool:
-    """Whether a process has failed on the weights since `listen`."""
+def heard(listening: socket.socket) -> str | None:
+    """What the first process to fail on the weights since `listen` has said; None if none did."""
     try:
-        return listening.recv(1) != b""
+        return listening.recv(LONGEST).decode(errors="replace")
     except BlockingIOError:
-        return False
+        return None
 
 
 def tell_of_failures() -> None:
@@ -60,7 +63,8 @@ class _Teller(logging.Filter):
                 contextlib.suppress(OSError),
             ):
                 teller.setblocking(False)
-                teller.sendto(b"1", f"\0{self.name}")
+                said = " ".join(f"{type(failure).__name__}: {failure}".split())
+                teller.sendto(said.encode()[:LONGEST], f"\0{self.name}")
         return True
 
 

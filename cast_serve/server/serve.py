@@ -39,6 +39,7 @@ def _run() -> int:
     except (RuntimeError, ImportError) as error:
         return fail(str(error))
 
+    from vllm.exceptions import VLLMValidationError
     from vllm.platforms import current_platform
 
     from cast_serve.envs import forced_kernel
@@ -86,7 +87,7 @@ def _run() -> int:
         return fail(f"{args.model}: {unchecked}, so nothing was checked") if unchecked else 0
     try:
         _validate(args)
-    except (ValueError, TypeError, KeyError, OSError) as error:
+    except (ValueError, TypeError, KeyError, OSError, VLLMValidationError) as error:
         return fail(_said(error), WRONG_USAGE)
     try:
         _require_free_port(args)
@@ -143,26 +144,35 @@ def _serve(args: argparse.Namespace) -> int:
         ServeSubcommand.cmd(args)
     except ENGINE_ERRORS as error:
         status = fail(f"{type(error).__name__}: {_said(error)}")
-        is_of_weights = load_failure.heard(listening) and args.load_format != "dummy"
-        if is_of_weights and not answers.is_set() and Path(args.model).is_dir():
-            _name_fault(Path(args.model))
+        said = load_failure.heard(listening)
+        of_files = args.load_format != "dummy" and Path(args.model).is_dir()
+        if said is not None and of_files and not answers.is_set():
+            _name_fault(Path(args.model), said)
         return status
     return ENDED
 
 
-def _name_fault(folder: Path) -> None:
-    """Read all weights, which may take minutes, for a line that names file and tensor."""
+def _name_fault(folder: Path, said: str) -> None:
+    """Read all weights, which may take minutes, for a line that names file and tensor.
+
+    Args:
+        said: what loading failed of, for weights that are whole and yet do not fit.
+    """
     from cast_serve.model_loaders.check import check
     from cast_serve.model_loaders.checkpoint import Checkpoint
     from cast_serve.model_loaders.errors import CheckpointError
+    from cast_serve.model_loaders.layers import find_layers, require_whole
 
     print(f"cast-serve: checking the weights in {folder}", file=sys.stderr, flush=True)
     try:
-        problems = (found.problem for found in check(Checkpoint.open(folder)))
+        checkpoint = Checkpoint.open(folder)
+        layers = find_layers(checkpoint)
+        require_whole(checkpoint, layers)
+        problems = (found.problem for found in check(checkpoint, layers=layers))
         fault = next(filter(None, problems), None)
     except CheckpointError as error:
         fault = str(error)
-    fail(fault or f"nothing is wrong with the weights in {folder}; the log above says why")
+    fail(fault or f"the weights in {folder} are whole by themselves, but do not load: {said}")
 
 
 def _require_free_port(args: argparse.Namespace) -> None:

@@ -224,6 +224,8 @@ LAYOUT = [
         tensors=drop("model.layers.1.input_layernorm.weight")),
     Bad("no-embedding", "is missing; the checkpoint is incomplete", tensor="embed_tokens.weight",
         tensors=drop("model.embed_tokens.weight")),
+    Bad("no-final-norm", "is missing; the checkpoint is incomplete", tensor="norm.weight",
+        tensors=drop("model.norm.weight")),
     Bad("no-head", "is missing; the checkpoint is incomplete", tensor="lm_head.weight",
         tensors=drop("lm_head.weight"), config=lambda c: c.update(tie_word_embeddings=False)),
     Bad("one-block-differs", "in other blocks it is [",

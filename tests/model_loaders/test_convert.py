@@ -225,6 +225,8 @@ def test_convert_gpt2(make: Make, tmp_path: Path) -> None:
     folder.tensors[name + ".weight"] = weight.t().contiguous()
     for embedding in ("wte", "wpe"):
         folder.tensors[f"transformer.{embedding}.weight"] = torch.ones(4, 32)
+    for norm in ("weight", "bias"):
+        folder.tensors[f"transformer.ln_f.{norm}"] = torch.ones(32)
     convert(folder.save().path, tmp_path / "packed", to="packed")
     convert(tmp_path / "packed", tmp_path / "dense", to="dense")
     packed = tensors_of(tmp_path / "packed")

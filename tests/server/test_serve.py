@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import shutil
 import sys
 import threading
 from collections.abc import Callable
@@ -11,12 +12,15 @@ from types import SimpleNamespace
 
 import pytest
 import vllm.logger
+from safetensors.torch import load_file, save_file
 from torch import OutOfMemoryError
 from vllm.platforms import current_platform
 
+from cast_serve.model_loaders.convert import convert
 from cast_serve.server import load_failure, serve
 from cast_serve.server.arguments import parse
 from cast_serve.server.main import WRONG_USAGE
+from tests.support.tiny_models import drop_quantization
 
 EXAMPLE = str(Path(__file__).parents[2] / "examples" / "tiny-llama-2of4")
 
@@ -64,6 +68,9 @@ WRONG = {
     "other": ["--config", "other.toml"],
     "logs": ["--log-config-file", "missing.json"],
     "another front end": ["--grpc"],
+    "port too high": ["--port", "99999"],
+    "negative port": ["--port=-5"],
+    "chat template": ["--chat-template", "missing.jinja"],
 }
 
 
@@ -191,6 +198,31 @@ def test_weights_are_checked_where_they_failed(args, monkeypatch, capfd):
     assert reason == REASON
     assert announced == f"cast-serve: checking the weights in {args.model}"
     assert fault.startswith(f"cast-serve: {args.model}/config.json: is not valid JSON")
+
+
+def copy_plain_without_norm(folder: Path) -> str:
+    """Only vLLM looks for what is missing in a plain checkpoint."""
+    shutil.rmtree(folder)
+    convert(Path(EXAMPLE), folder, to="dense")
+    drop_quantization(folder)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.norm.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    return f"{file}: norm.weight: is missing; the checkpoint is incomplete"
+
+
+def copy_whole(folder: Path) -> str:
+    shutil.copytree(EXAMPLE, folder, dirs_exist_ok=True)
+    return f"the weights in {folder} are whole by themselves, but do not load: ValueError: x y"
+
+
+@pytest.mark.parametrize("copy", [copy_plain_without_norm, copy_whole])
+def test_what_is_wrong_with_weights_that_do_not_load(args, monkeypatch, capfd, copy):
+    wanted = copy(Path(args.model))
+    engine_fails(monkeypatch, ValueError("x\ny"), load_weights)
+    assert serve._serve(args) == 1
+    assert capfd.readouterr().err.splitlines()[-1] == f"cast-serve: {wanted}"
 
 
 @pytest.mark.parametrize(
