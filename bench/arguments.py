@@ -1,5 +1,24 @@
 """Values of command lines that several benchmarks take."""
 
+import argparse
+import os
+from pathlib import Path
+
+
+def writable_folder(given: str) -> Path:
+    """A folder that is there or can be made, of argparse's `type`: found out before the hours.
+
+    Raises:
+        argparse.ArgumentTypeError: it cannot be written to; says what is in the way.
+    """
+    path = Path(given)
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise argparse.ArgumentTypeError(f"{there} is no folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"{there} cannot be written to")
+    return path
+
 
 def require_one(flag: str, given: int) -> None:
     """Refuse a count below 1.

@@ -29,7 +29,7 @@ from rich.console import Console
 
 from cast_serve.bench import environment, report
 from cast_serve.bench.accuracy import WrongResult
-from cast_serve.bench.arguments import numbers
+from cast_serve.bench.arguments import numbers, writable_folder
 from cast_serve.bench.linear_results import Row, load_or_empty
 from cast_serve.bench.make_table import make_table
 from cast_serve.bench.paths import RESULTS, known
@@ -82,7 +82,7 @@ def parse(arguments: Sequence[str] | None) -> Options:
     parser.add_argument("--all-kernels", action="store_true", help="--kernel for each of them")
     parser.add_argument("--quick", action="store_true", help="fewer tokens and replays")
     parser.add_argument("--tune", action="store_true", help="first write kernels/tables anew")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
+    parser.add_argument("--out", type=writable_folder, default=RESULTS, metavar="DIR")
     parser.add_argument("--commit", help="for a checkout without git")
     given = parser.parse_args(arguments)
     chosen = list(KERNELS) if given.all_kernels else given.kernel

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from cast_serve.bench.arguments import require_one
+from cast_serve.bench.arguments import require_one, writable_folder
 from cast_serve.bench.serving.arguments import (
     add_common_arguments,
     split_flags,
@@ -48,7 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_common_arguments(parser)
     parser.set_defaults(engines="dense-bf16,sparse-bf16")
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="counted starts")
-    parser.add_argument("--checkpoints", type=Path, metavar="DIR", help="default: under --logs")
+    parser.add_argument(
+        "--checkpoints", type=writable_folder, metavar="DIR", help="default: under --logs"
+    )
     given = parser.parse_args(own)
     try:
         require_one("--repeats", given.repeats)
@@ -68,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             row = measure(engine, model, folder, given.repeats, flags, setting)
         except ServerError as error:
-            failed[engine.name] = str(error).partition("\n")[0]
+            failed[engine.name] = error.reason
             print(f"bench_load: {engine.name}: {error}", file=sys.stderr, flush=True)
             continue
         rows.append(row)

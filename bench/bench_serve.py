@@ -43,7 +43,7 @@ from cast_serve.bench.serving.arguments import (
 )
 from cast_serve.bench.serving.client import SERVED_NAME, Client, MeasurementError
 from cast_serve.bench.serving.engines import Engine, common_flags
-from cast_serve.bench.serving.floors import judge
+from cast_serve.bench.serving.floors import WEIGHTS, judge
 from cast_serve.bench.serving.models import ServedModel, find_served_model
 from cast_serve.bench.serving.render import can_plot, in_order, render
 from cast_serve.bench.serving.report import print_rows, summarize
@@ -221,9 +221,9 @@ class Run:
         if rows:
             print_rows(rows, gpu, self.console)
         breakdown.print_rows(profiled, f"{shown[0]} on {gpu}", self.console)
-        unexplained = {judged.floor.workload for judged in judge(rows, gpu) if not judged.met} - {
-            row.workload for row in profiled
-        }
+        missed = [judged.floor for judged in judge(rows, gpu) if not judged.met]
+        slow = {floor.workload for floor in missed if floor.metric != WEIGHTS}
+        unexplained = slow - {row.workload for row in profiled}
         if unexplained:
             names = ",".join(sorted(unexplained))
             self.console.print(f"--breakdown {names} says where the time of missed floors is")
@@ -234,7 +234,8 @@ class Run:
         return summary | {"files": [str(file) for file in files]}
 
     def _report(self, name: str, error: Exception) -> None:
-        self.failed[name] = str(error).partition("\n")[0]
+        reason = error.reason if isinstance(error, ServerError) else str(error)
+        self.failed[name] = reason.partition("\n")[0]
         print(f"bench_serve: {name}: {error}", file=sys.stderr)
         print(f"bench_serve: see {self.options.logs}", file=sys.stderr, flush=True)
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cast_serve.bench import environment
+from cast_serve.bench.arguments import writable_folder
 from cast_serve.bench.decoders import DECODERS, SMALL, Decoder
 from cast_serve.bench.paths import RESULTS, known
 from cast_serve.bench.result_file import ResultFile, RowType, read
@@ -21,7 +22,9 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """--models, --out and --commit."""
     names = ",".join(model.name for model in DECODERS)
     parser.add_argument("--models", metavar="A,B", help=f"of {names}, small; default: those two")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default on a GPU: bench/results")
+    parser.add_argument(
+        "--out", type=writable_folder, metavar="DIR", help="default on a GPU: bench/results"
+    )
     parser.add_argument("--commit", help="for a checkout without git")
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cast_serve.bench.arguments import writable_folder
 from cast_serve.bench.markdown import replace_between, table
 from cast_serve.bench.paths import RESULTS
 
@@ -64,7 +65,7 @@ def main() -> int:
     """Exit status: 0 written, 2 the folders are no comparison with those questions."""
     parser = argparse.ArgumentParser(prog="python -m bench.recovery", description=__doc__)
     parser.add_argument("comparison", type=Path, nargs="+", help="folder of cast-train compare")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
+    parser.add_argument("--out", type=writable_folder, default=RESULTS, metavar="DIR")
     given = parser.parse_args()
     try:
         file = collect(given.comparison, given.out)

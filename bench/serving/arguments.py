@@ -3,8 +3,8 @@
 import argparse
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
+from cast_serve.bench.arguments import writable_folder
 from cast_serve.bench.paths import RESULTS
 from cast_serve.bench.serving.engines import ENGINES
 from cast_serve.bench.serving.models import MODELS
@@ -24,9 +24,12 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     engines = ",".join(engine.name for engine in ENGINES)
     parser.add_argument("--model", default=MODELS[0].name, help=f"shape, of {models}")
     parser.add_argument("--engines", default=engines, metavar="A,B", help=f"of {engines}")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
+    parser.add_argument("--out", type=writable_folder, default=RESULTS, metavar="DIR")
     parser.add_argument(
-        "--logs", type=Path, metavar="DIR", help="logs and model folders; default: a temporary one"
+        "--logs",
+        type=writable_folder,
+        metavar="DIR",
+        help="logs and model folders; default: a temporary one",
     )
     parser.add_argument("--commit", help="for a checkout without git")
 

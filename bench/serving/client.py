@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from cast_serve.bench.serving.engine_times import FirstTokens
-from cast_serve.bench.serving.process import end, start, tail
+from cast_serve.bench.serving.process import end, start
 from cast_serve.bench.serving.server import ServerError
 from cast_serve.bench.serving.vllm_command import MODULE
 from cast_serve.bench.serving.workloads import Workload, mixed_lengths, write_mixed
@@ -176,6 +176,4 @@ class Client:
         ]
 
     def _failure(self, what: str) -> ServerError:
-        return ServerError(
-            f"{what}; {self.log} ends:\n{tail(self.log.read_text(errors='replace'))}"
-        )
+        return ServerError(f"{what}; see {self.log}", self.log.read_text(errors="replace"))

@@ -91,7 +91,7 @@ def cells(row: Row, rows: Sequence[Row]) -> list[str]:
     ratios = {} if dense is None else of_dense(row, dense)
 
     def cell(shown: str, name: str) -> str:
-        return shown + (f" ({ratios[name]:.2f})" if name in ratios else "")
+        return shown + (f" ({ratios[name]:.3f})" if name in ratios else "")
 
     weights = "-" if row.weights_gib is None else f"{row.weights_gib:.2f}"
     return [

@@ -20,7 +20,7 @@ from cast_serve.bench.arguments import require_one
 from cast_serve.bench.serving.engines import Engine, common_flags
 from cast_serve.bench.serving.models import ServedModel, find_served_model
 from cast_serve.bench.serving.offline_results import Row, load_or_empty, print_rows, speedup
-from cast_serve.bench.serving.process import end, start, tail
+from cast_serve.bench.serving.process import end, start
 from cast_serve.bench.serving.server import ServerError, Startup
 from cast_serve.bench.serving.setting import Setting
 
@@ -106,7 +106,7 @@ def run(given: argparse.Namespace, jobs: Sequence[Job], flags: Sequence[str]) ->
             try:
                 seconds, startup = measure(engine, folder, job, every, logs / name)
             except ServerError as error:
-                failed[name] = str(error).partition("\n")[0]
+                failed[name] = error.reason
                 print(f"bench_{benchmark}: {name}: {error}", file=sys.stderr, flush=True)
                 continue
             row = Row(
@@ -167,5 +167,5 @@ def measure(
         end(process)
     said = log.read_text(errors="replace")
     if status != 0 or not result.exists():
-        raise ServerError(f"ended with status {status}; {log} ends:\n{tail(said)}")
+        raise ServerError(f"ended with status {status}; see {log}", said)
     return job.seconds(json.loads(result.read_text())), Startup.of(said)

@@ -9,7 +9,7 @@ from rich.console import Console
 from cast_serve.bench.markdown import replace_between, table
 from cast_serve.bench.serving import breakdown, loading_results, offline_results
 from cast_serve.bench.serving.engines import BASELINE, ENGINES
-from cast_serve.bench.serving.floors import MODEL, floor_of, judge
+from cast_serve.bench.serving.floors import MODEL, WEIGHTS, floor_of, judge
 from cast_serve.bench.serving.report import HEADER, cells
 from cast_serve.bench.serving.results import Ratios, Results, Row, baseline_of, load
 from cast_serve.bench.serving.workloads import SMOKE, WORKLOADS
@@ -25,6 +25,7 @@ HEADLINES = (
     ("c64", "tpot", "tpot_ms", "64"),
     ("prefill-2048", "ttft", "ttft_ms", "TTFT ms, 2048 in"),
     ("c128", "output_tokens_per_s", "output_tokens_per_s", "tokens/s, 128 requests"),
+    ("c1", WEIGHTS, "weights_gib", "weights GiB"),
 )
 
 
@@ -61,11 +62,12 @@ def markdown(results: Results, plot: str | None, beside: Sequence[str] = ()) -> 
         "",
         "Dense vLLM and cast-serve one after the other on the same machine with the same flags, "
         "weights random, driven by `vllm.benchmarks.serve`: greedy, eos ignored, no prefix "
-        "caching. cast-serve has torch.compile's kernels launched early (`triton.enable_pdl`), "
-        "stock vLLM runs as it comes. A cell is the median of the repeats ± largest less least, in "
-        "brackets how much better than dense bf16. cN: N requests at a time, 512 tokens in and 256 "
-        "out; prefill-N: N in and 1 out, one at a time; mixed: lengths as ShareGPT's, 64 at a "
-        "time. Written by `python -m bench.render`; `make bench-serve` measures again.",
+        "caching. cast-serve has torch.compile's kernels launched early (`triton.enable_pdl`) in "
+        "runs from commit 6f29aa8 of 2026-11-22T15:20Z on, stock vLLM runs as it comes. A cell is "
+        "the median of the repeats ± largest less least, in brackets how much better than dense "
+        "bf16 (✗: below a floor). cN: N requests at a time, 512 tokens in and 256 out; prefill-N: "
+        "N in and 1 out, one at a time; mixed: lengths as ShareGPT's, 64 at a time. Written by "
+        "`python -m bench.render`; `make bench-serve` measures again.",
     ]
     if plot is not None:
         lines += ["", f"![throughput and time per token over concurrency]({plot})"]
@@ -77,8 +79,8 @@ def markdown(results: Results, plot: str | None, beside: Sequence[str] = ()) -> 
             [
                 [
                     one.floor.name,
-                    f"{one.floor.ratio:.2f}",
-                    f"{one.ratio:.2f}",
+                    f"{one.floor.ratio:.3f}",
+                    f"{one.ratio:.3f}",
                     "" if one.met else "✗",
                 ]
                 for one in judged
@@ -169,19 +171,18 @@ def headline_table(files: Iterable[Path]) -> list[str]:
                             _headline(own.get(name), metric, field, rows, gpu)
                             for name, metric, field, _ in HEADLINES
                         ),
-                        "" if sizes.weights_gib is None else f"{sizes.weights_gib:.2f}",
                         f"{sizes.kv_tokens:,}",
                     ]
                 )
     titles = [title for *_, title in HEADLINES]
-    header = ["GPU", "engine", *titles, "weights GiB", "KV tokens"]
+    header = ["GPU", "engine", *titles, "KV tokens"]
     return table(header, lines) if lines else [NOTHING]
 
 
 def _headline(row: Row | None, metric: str, field: str, rows: list[Row], gpu: str) -> str:
-    if row is None:
+    value = None if row is None else getattr(row, field)
+    if row is None or value is None:
         return ""
-    value = getattr(row, field)
     shown = f"{value:.0f}" if value >= 1000 else f"{value:.2f}"
     ratio = getattr(Ratios.of(row, baseline_of(row, rows)), metric)
     if ratio is None or row.engine == BASELINE:

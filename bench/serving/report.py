@@ -8,7 +8,7 @@ from rich.table import Table
 
 from cast_serve.bench.markdown import with_spread
 from cast_serve.bench.serving.engines import BASELINE
-from cast_serve.bench.serving.floors import floor_of, judge
+from cast_serve.bench.serving.floors import WEIGHTS, floor_of, judge
 from cast_serve.bench.serving.results import Ratios, Row, baseline_of
 
 HEADER = (
@@ -39,8 +39,7 @@ def print_rows(rows: Sequence[Row], gpu: str, console: Console) -> None:
     console.print(table)
     for judged in judge(rows, gpu):
         verdict = "pass" if judged.met else "MISS"
-        floor = judged.floor
-        console.print(f"{verdict}  {floor.name}: {judged.ratio:.2f}, floor {floor.ratio:.2f}")
+        console.print(f"{verdict}  {judged}")
 
 
 def cells(row: Row, rows: Sequence[Row], gpu: str) -> list[str]:
@@ -69,7 +68,7 @@ def cells(row: Row, rows: Sequence[Row], gpu: str) -> list[str]:
         tpot,
         "-" if row.tpot_p99_ms is None else f"{row.tpot_p99_ms:.2f}",
         shown(rate, spread, 0, "output_tokens_per_s"),
-        "-" if row.weights_gib is None else f"{row.weights_gib:.2f}",
+        "-" if row.weights_gib is None else f"{row.weights_gib:.2f}" + against(WEIGHTS),
         f"{row.kv_tokens:,}",
     ]
 
@@ -92,10 +91,6 @@ def summarize(env: dict[str, Any], rows: Sequence[Row], left_out: dict[str, str]
         "vllm": env["vllm"],
         "commit": env["commit"],
         "speedup": speedups,
-        "below_floor": [
-            f"{judged.floor.name}: {judged.ratio:.2f} < {judged.floor.ratio:.2f}"
-            for judged in judge(rows, env["gpu"])
-            if not judged.met
-        ],
+        "below_floor": [str(judged) for judged in judge(rows, env["gpu"]) if not judged.met],
         "left_out": left_out,
     }

@@ -118,21 +118,27 @@ Results = ResultFile[Row]
 
 @dataclass(frozen=True)
 class Ratios:
-    """How much better than the baseline a row is: above 1 is faster. None: not measured."""
+    """How much better than the baseline a row is: above 1 is faster, and smaller of weights.
+
+    None: not measured.
+    """
 
     ttft: float | None
     tpot: float | None
     output_tokens_per_s: float | None
+    weights_gib: float | None
 
     @classmethod
     def of(cls, row: Row, baseline: Row | None) -> "Ratios":
         if baseline is None:
-            return cls(None, None, None)
+            return cls(None, None, None, None)
+        weighed = row.weights_gib and baseline.weights_gib
         decodes = row.tpot_ms and baseline.tpot_ms
         return cls(
             ttft=baseline.ttft_ms / row.ttft_ms,
             tpot=baseline.tpot_ms / row.tpot_ms if decodes else None,  # type: ignore[operator]
             output_tokens_per_s=row.output_tokens_per_s / baseline.output_tokens_per_s,
+            weights_gib=baseline.weights_gib / row.weights_gib if weighed else None,  # type: ignore[operator]
         )
 
 

@@ -29,7 +29,15 @@ _CACHE = re.compile(r"KV cache size: ([\d,]+) tokens")
 
 
 class ServerError(RuntimeError):
-    """A server that does not start, or a benchmark process that ends before it is done."""
+    """A server that does not start, or a benchmark process that ends before it is done.
+
+    Attributes:
+        reason: it in one line; `str` goes on with the end of the log.
+    """
+
+    def __init__(self, reason: str, log: str = "") -> None:
+        super().__init__(f"{reason}; the log ends:\n{tail(log)}" if log else reason)
+        self.reason = reason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +64,7 @@ class Startup:
         cache, weights = _CACHE.search(log), _WEIGHTS.search(log)
         loading = weights[2] if weights else (_READING.search(log) or [None, None])[1]
         if cache is None:
-            raise ServerError(f"the log does not say how large the KV cache is:\n{tail(log)}")
+            raise ServerError("the log does not say how large the KV cache is", log)
         return cls(
             weights_gib=float(weights[1]) if weights else None,
             load_s=float(loading) if loading else None,
@@ -132,9 +140,7 @@ class Server:
             return False
 
     def _failure(self, what: str) -> ServerError:
-        return ServerError(
-            f"{what}; {self.log} ends:\n{tail(self.log.read_text(errors='replace'))}"
-        )
+        return ServerError(f"{what}; see {self.log}", self.log.read_text(errors="replace"))
 
 
 def _peak_kib(pid: int) -> int:

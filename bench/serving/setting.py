@@ -75,8 +75,9 @@ class Setting:
         return kept
 
     def begin(self, console: Console) -> None:
-        """Print it; from now on SIGTERM ends what is started, which its default action does not."""
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        """Print it; from now on SIGTERM and Ctrl-C end what is started, and without a traceback."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
         print_environment(self.env, console)
         console.print(f"logs         {self.logs}", markup=False)
         for name, reason in self.left_out.items():

@@ -22,8 +22,8 @@ SOURCES = list_errors.sources()
 PASSED_ON = {
     "bench/result_file.py: ResultError(f'{path}: row {index}: {found}')",
     "bench/serving/breakdown.py: ServerError(f'{url}: {error}')",
-    'bench/serving/client.py: ServerError(f"{what}; {self.log} ends:\\n{tail(self.log.read_',
-    'bench/serving/server.py: ServerError(f"{what}; {self.log} ends:\\n{tail(self.log.read_',
+    "bench/serving/client.py: ServerError(f'{what}; see {self.log}', self.log.read_text(er",
+    "bench/serving/server.py: ServerError(f'{what}; see {self.log}', self.log.read_text(er",
     "cast_serve/cli/model.py: typer.Exit(1)",
     "cast_serve/cli/perplexity.py: CheckpointError(folder, str(error))",
     "cast_serve/cli/perplexity.py: CheckpointError(path, str(error))",

@@ -48,8 +48,8 @@ def test_lines(tmp_path: Path, env) -> None:
     found = lines(file)
     assert found[0] == "Llama-3.1-8B:"
     assert "| dense-bf16 | 4.00 ± 0.10 | 20 | 15.00 | 400,000 | 17.00 | 15.00 |" in found
-    shown = "| sparse-bf16 | 3.00 ± 0.10 (0.75) | 20 | 9.30 (0.62) | 440,000 (1.10) "
-    assert f"{shown}| 17.00 (1.00) | 15.00 (1.00) |" in found
+    shown = "| sparse-bf16 | 3.00 ± 0.10 (0.750) | 20 | 9.30 (0.620) | 440,000 (1.100) "
+    assert f"{shown}| 17.00 (1.000) | 15.00 (1.000) |" in found
     assert found[-1].startswith(f"Runs: {env()['run']}: driver ")
 
 

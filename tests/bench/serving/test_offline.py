@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cast_serve.bench import bench_latency, bench_load, bench_throughput
+from cast_serve.bench import bench_latency, bench_load, bench_serve, bench_throughput
 from cast_serve.bench.arguments import numbers
 from cast_serve.bench.serving.arguments import refuse_forced_kernel, split_flags
 from cast_serve.bench.serving.engines import find_engines
@@ -88,6 +88,16 @@ def test_refuses(program, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--output-len 0: needs 1 or more" in capsys.readouterr().err
     assert program.main(["--model", "tiny", "--input-len", "1000000"]) == 2
     assert "tiny is served with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--out", "--logs"])
+@pytest.mark.parametrize("program", [bench_latency, bench_load, bench_serve])
+def test_folders_that_cannot_be_written_to(program, flag, tmp_path: Path, capsys) -> None:
+    """Known before an engine is started, not when there is something to write."""
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="2"):
+        program.main(["--model", "tiny", flag, str(tmp_path / "file" / "results")])
+    assert f"{flag}: {tmp_path / 'file'} is no folder" in capsys.readouterr().err
 
 
 def test_iterations(capsys: pytest.CaptureFixture[str]) -> None:

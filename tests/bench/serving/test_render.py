@@ -60,10 +60,10 @@ def test_render_with_what_was_measured_without_a_server(result_file: Path, env) 
 def test_markdown(results: Results, row, env) -> None:
     eager = row("sparse-bf16", "c1", flags=("--enforce-eager",))
     lines = markdown(results.merge(env(), [eager]), "plot.png").splitlines()
-    assert "| tpot of c1 | 1.40 | 1.33 | ✗ |" in lines
-    assert "| tpot of c64 | 1.25 | 1.33 |  |" in lines
+    assert "| tpot of c1 | 1.400 | 1.333 | ✗ |" in lines
+    assert "| tpot of c64 | 1.250 | 1.333 |  |" in lines
     cells = "| c1 | sparse-bf16 | 15.0 (1.33) | 30.0 | 3.75 (1.33 ✗) | 4.50 |"
-    assert f"{cells} 1333 (1.33) | 9.34 | 480,000 |" in lines
+    assert f"{cells} 1333 (1.33) | 9.34 (1.60 ✗) | 480,000 |" in lines
     assert lines.index("## Llama-3.1-8B") < lines.index("## Llama-3.1-8B, `--enforce-eager`")
     engines = [line.split(" | ")[1] for line in lines if line.startswith("| c16 |")]
     assert engines == ["dense-bf16", "dense-fp8", "sparse-bf16"]
@@ -132,6 +132,6 @@ def test_print_rows(results: Results) -> None:
     console = Console(file=io.StringIO(), width=160)
     print_rows(results.rows, "NVIDIA H200", console)
     printed = console.file.getvalue()
-    assert "MISS  tpot of c1: 1.33, floor 1.40" in printed
-    assert "pass  output_tokens_per_s of c128: 1.33, floor 1.20" in printed
+    assert "MISS  tpot of c1: 1.333 < 1.400" in printed
+    assert "pass  output_tokens_per_s of c128: 1.333 >= 1.200" in printed
     assert printed.count("dense-fp8") == 8

@@ -69,15 +69,17 @@ def test_load_refuses(result_file: Path, change: dict[str, object], message: str
 
 def test_ratios(row) -> None:
     dense, sparse = row("dense-bf16"), row("sparse-bf16", scales=(0.8,))
-    assert vars(Ratios.of(sparse, dense)) == pytest.approx(
-        {"ttft": 1.25, "tpot": 1.25, "output_tokens_per_s": 1.25}
-    )
+    faster = {"ttft": 1.25, "tpot": 1.25, "output_tokens_per_s": 1.25}
+    smaller = {"weights_gib": 14.99 / 9.34}
+    assert vars(Ratios.of(sparse, dense)) == pytest.approx(faster | smaller)
+    on_cpu = replace(sparse, weights_gib=None)
+    assert Ratios.of(on_cpu, dense).weights_gib is None
 
 
 def test_ratios_need_the_same_flags(row) -> None:
     dense = row("dense-bf16", flags=("--enforce-eager",))
     assert baseline_of(row("sparse-bf16"), [dense]) is None
-    assert Ratios.of(row("sparse-bf16"), None) == Ratios(None, None, None)
+    assert Ratios.of(row("sparse-bf16"), None) == Ratios(None, None, None, None)
 
 
 def test_ratios_need_the_same_requests(row) -> None:
@@ -105,7 +107,11 @@ def test_floors(results: Results) -> None:
     assert {one.floor for one in judged} == set(FLOORS)
     assert {one.floor.workload for one in judged if not one.met} == {"c1", "c16"}
     missed = summarize({"gpu": "NVIDIA H200", "vllm": "", "commit": ""}, results.rows, {})
-    assert missed["below_floor"] == ["tpot of c1: 1.33 < 1.40", "tpot of c16: 1.33 < 1.35"]
+    assert missed["below_floor"] == [
+        "tpot of c1: 1.333 < 1.400",
+        "weights_gib of c1: 1.605 < 1.613",
+        "tpot of c16: 1.333 < 1.350",
+    ]
 
 
 def test_floor_is_met_by_equality(row) -> None:

@@ -59,8 +59,10 @@ def test_host_gib(tmp_path: Path) -> None:
 
 
 def test_startup_refuses_other_logs() -> None:
-    with pytest.raises(ServerError, match=r"how large the KV cache is:\nINFO: started"):
+    said = r"how large the KV cache is; the log ends:\nINFO: started"
+    with pytest.raises(ServerError, match=said) as caught:
         Startup.of("INFO: started\n")
+    assert caught.value.reason == "the log does not say how large the KV cache is"
 
 
 def test_server_that_dies(tmp_path: Path) -> None:
