@@ -36,10 +36,15 @@ def measure_on(
         try:
             source = load_sparse(folder)
             length = context_length(source.model, context)
+        except RunError as error:
+            raise CheckpointError(folder, str(error)) from error
+        try:
             tokens = read_tokens(sources, source.tokenizer, text_key=text_key)
             windows = to_blocks(tokens, context=length, key="text").stacked()
         except RunError as error:
-            raise CheckpointError(folder, str(error)) from error
+            # Which file it is of the error says itself.
+            place, _, reason = str(error).partition(": ")
+            raise CheckpointError(Path(place), reason) from error
         return {
             "perplexity": to_perplexity(mean_loss(source.model, windows)),
             "tokens": windows.numel(),

@@ -58,6 +58,7 @@ def save(
                 no_dist=processes.count == 1,
             )
     except CheckpointException as error:
+        _pass_interrupt_on(error)
         processes.on_first(lambda: shutil.rmtree(staging, ignore_errors=True))
         raise RunError(_cannot_save(run_dir, step, error)) from error
     digests = _gather(_digests(staging, processes.rank), processes)
@@ -83,6 +84,7 @@ def load(
                 no_dist=processes.count == 1,
             )
     except CheckpointException as error:
+        _pass_interrupt_on(error)
         raise RunError(_damaged(folder, _reason(error))) from error
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
     return step
@@ -189,6 +191,13 @@ def _cannot_save(run_dir: Path, step: int, error: BaseException) -> str:
         f"output: checkpoint-{step} cannot be written to {run_dir} ({_reason(error)}; "
         f"{free / 1e9:.1f} GB free); {saved}: make room and continue with --resume"
     )
+
+
+def _pass_interrupt_on(error: CheckpointException) -> None:
+    """Ctrl-C, which torch wraps as if writing or reading had failed."""
+    for inner, _ in error.failures.values():
+        if isinstance(inner, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
 
 
 def _reason(error: BaseException) -> str:

@@ -55,7 +55,10 @@ class Pattern:
         """
         kept, colon, group = text.partition(":")
         if colon and kept.isdecimal() and group.isdecimal() and 0 < int(kept) < int(group):
-            return cls(kept=int(kept), group=int(group))
+            found = cls(kept=int(kept), group=int(group))
+            # Files say 2:4, not 02:04.
+            if str(found) == text:
+                return found
         raise RunError(f"pattern: {text!r} is no N:M pattern; write 2:4, 1:4, 4:8 (0 < N < M)")
 
     def __str__(self) -> str:

@@ -97,7 +97,7 @@ def _check_ranges(config: "RunConfig") -> None:
     require("save_steps save_limit log_steps", lambda v: v >= 1, "at least 1")
     require("context", lambda v: v >= 2, "at least 2")
     above_zero = "epochs lr lambda_ temperature eps loss_limit eval_steps"
-    require(above_zero, lambda v: 0 < v < float("inf"), "above 0")
+    require(above_zero, lambda v: 0 < v < float("inf"), "finite and above 0")
     require("eta lr_floor", lambda v: 0 <= v <= 1, "from 0 to 1")
     require("warmup beta1 beta2 held_out", lambda v: 0 <= v < 1, "from 0 to below 1")
     require("decay_ramp", lambda v: 0 < v <= 1, "above 0 and at most 1")

@@ -33,6 +33,7 @@ _LLAMA_2: dict[str, dict[str, Any]] = {
 }
 # What CUDA, NCCL and the allocator's gaps take of a GPU's memory.
 _USABLE = 0.9
+_CONTEXT = 4096
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -50,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="fsdp")
     parser.add_argument("--batch-size", type=int, default=1, metavar="N")
     parser.add_argument("--gradient-accumulation", type=int, default=1, metavar="N")
-    parser.add_argument("--context", type=int, default=4096, metavar="N")
+    parser.add_argument("--context", type=int, metavar="N", help="(default 4096 or the model's)")
     parser.add_argument(
         "--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=True
     )
@@ -76,13 +77,16 @@ def main(arguments: Sequence[str]) -> int:
 
     from cast_serve.trainer.capacity import GPUS, Shape, memory, speed
     from cast_serve.trainer.report import memory_table, size
+    from cast_serve.trainer.source import context_length
 
     if given.gpu not in GPUS:
         raise RunError(f"gpu: {given.gpu!r} is not known; there is {', '.join(GPUS)}")
     if given.processes < 1 or not 0 < given.mfu <= 1 or not given.tokens >= 1:
         raise RunError("processes and tokens must be at least 1, and mfu above 0 and at most 1")
+    model = _empty_model(given.model)
+    given.context = context_length(model, given.context, default=_CONTEXT)
     gpu, config = GPUS[given.gpu], _run_config(given)
-    shape = Shape.of(_empty_model(given.model), config)
+    shape = Shape.of(model, config)
     needed = memory(shape, config, context=given.context, processes=given.processes)
     pace = speed(
         shape, config, gpu, context=given.context, processes=given.processes, mfu=given.mfu
@@ -160,7 +164,7 @@ def _model_config(model: str) -> Any:
     from cast_serve.trainer.source import LOADING_ERRORS
 
     if model in _LLAMA_2:
-        return LlamaConfig(**_LLAMA_2[model])
+        return LlamaConfig(**_LLAMA_2[model], max_position_embeddings=4096)
     try:
         return AutoConfig.from_pretrained(model, local_files_only=True)
     except LOADING_ERRORS as error:

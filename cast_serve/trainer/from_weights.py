@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from transformers import (
     AutoConfig,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -18,7 +17,7 @@ from cast_serve.kernels.packing import unpack
 from cast_serve.model_loaders.checkpoint import Checkpoint
 from cast_serve.model_loaders.layers import WEIGHT, is_transposed
 from cast_serve.model_loaders.stream import PackedLinear, stream
-from cast_serve.trainer.source import loading, require_whole
+from cast_serve.trainer.source import load_tokenizer, loading, require_whole
 
 
 def unpacked(
@@ -47,7 +46,7 @@ def build_model(
         RunError: transformers knows no such model or tokenizer, or a weight is missing.
     """
     with loading(folder):
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = load_tokenizer(folder)
         config = _unquantized(AutoConfig.from_pretrained(folder, local_files_only=True))
         kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         # Not the constructor and load_state_dict: names may have changed between releases.

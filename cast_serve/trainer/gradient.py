@@ -80,6 +80,12 @@ class Gradient:
                 parts += run(self._read(place)) / batches
         return parts
 
+    def sequences(self, step: int, count: int) -> torch.Tensor:
+        """The first `count` of step `step`, over all processes: ids [count, context]."""
+        first = step * self.config.gradient_accumulation * self.processes.count
+        first *= self.config.batch_size
+        return torch.stack([self._item(first + index)["input_ids"] for index in range(count)])
+
     def clip(self) -> torch.Tensor:
         """Scale the gradient to `clip` where it is longer; returns its norm before."""
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -95,11 +101,14 @@ class Gradient:
 
     def _read(self, place: int) -> dict[str, torch.Tensor]:
         first = place * self.config.batch_size
-        # Beyond the end, where lambda is measured for a run shorter than its measurement.
-        length = len(self.stream)  # type: ignore[arg-type]  # torch's Dataset does not say
-        items = [self.stream[(first + index) % length] for index in range(self.config.batch_size)]
+        items = [self._item(first + index) for index in range(self.config.batch_size)]
         device = self.processes.device
         return {key: one.to(device, non_blocking=True) for key, one in collate(items).items()}
+
+    def _item(self, index: int) -> dict[str, torch.Tensor]:
+        # Beyond the end, where lambda is measured for a run shorter than its measurement.
+        length = len(self.stream)  # type: ignore[arg-type]  # torch's Dataset does not say
+        return self.stream[index % length]
 
     def _pass(self, batch: Mapping[str, torch.Tensor], *, eta: float) -> torch.Tensor:
         """Forward and backward; [CE, KL] of the batch."""

@@ -19,11 +19,13 @@ class Guard:
 
     Args:
         limit: nats per token that the mean loss since the last check must not exceed.
+        worst: nats per token that the cross-entropy after an update must not exceed.
     """
 
-    def __init__(self, processes: Processes, *, limit: float) -> None:
+    def __init__(self, processes: Processes, *, limit: float, worst: float) -> None:
         self.processes = processes
         self.limit = limit
+        self.worst = worst
         self._sums = torch.zeros(3, dtype=torch.float64, device=processes.device)
 
     def see(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
@@ -49,8 +51,20 @@ class Guard:
             found = "the gradient is not finite"
         else:
             found = f"the loss is {mean:.3g}, above the limit of {self.limit:.3g},"
-        last = last_checkpoint(run_dir)
-        good = f"the last good checkpoint is {last}" if last else "there is no checkpoint before it"
-        raise RunError(
-            f"{found} by step {step}; {good}; start again with a lower lr or a longer warmup"
-        )
+        raise RunError(_said(f"{found} by step {step}", run_dir))
+
+    def check_update(self, run_dir: Path, step: int, cross_entropy: float) -> None:
+        """Look at the model as `step` has left it: its losses so far are of before that update.
+
+        Raises:
+            RunError: it is worse than a guess, or no number; names the last checkpoint before it.
+        """
+        if not cross_entropy <= self.worst:
+            found = f"the update of step {step} takes the cross-entropy to {cross_entropy:.3g}"
+            raise RunError(_said(f"{found}, above the limit of {self.worst:.3g}", run_dir))
+
+
+def _said(found: str, run_dir: Path) -> str:
+    last = last_checkpoint(run_dir)
+    good = f"the last good checkpoint is {last}" if last else "there is no checkpoint before it"
+    return f"{found}; {good}; start again with a lower lr or a longer warmup"

@@ -11,6 +11,7 @@ import torch
 from cast_serve.trainer import checkpoint
 from cast_serve.trainer.adams.optimizer import AdamS
 from cast_serve.trainer.config import RunConfig
+from cast_serve.trainer.evaluation.mean_loss import mean_loss
 from cast_serve.trainer.gradient import Gradient
 from cast_serve.trainer.guard import Guard
 from cast_serve.trainer.journal import Journal
@@ -52,7 +53,8 @@ class Training:
         )
         self.optimizer = optimizer
         self.evaluation = evaluation
-        self.guard = Guard(self.processes, limit=config.loss_limit or guess + 1)
+        worst = guess + 1
+        self.guard = Guard(self.processes, limit=config.loss_limit or worst, worst=worst)
         # Sums of CE, KL and gradient norm since the last entry.
         self._sums = torch.zeros(3, device=self.processes.device)
         self._logged = 0
@@ -82,6 +84,7 @@ class Training:
             if evaluates:
                 self._evaluate(step, journal)
             if saves:
+                self.guard.check_update(config.run_dir, step, self._loss_ahead(step))
                 checkpoint.save(
                     config.run_dir,
                     step,
@@ -105,6 +108,15 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         self._sums += torch.cat((parts, norm.reshape(1)))
         self.guard.see((1 - eta) * parts[0] + eta * parts[1], norm)
+
+    def _loss_ahead(self, step: int) -> float:
+        """Cross-entropy, in nats per token, of what the step after `step` begins with."""
+        return mean_loss(
+            self.gradient.model,
+            self.gradient.sequences(step, self.config.batch_size * self.processes.count),
+            batch_size=self.config.batch_size,
+            processes=self.processes,
+        )
 
     def _log(self, step: int, journal: Journal | None) -> None:
         count = step - self._logged

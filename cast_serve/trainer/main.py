@@ -3,6 +3,7 @@
 `cast-train --model ...` trains; `cast-train NAME ...` is one of the commands of commands.py.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -30,13 +31,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     say = partial(errors.print, markup=False)
     try:
-        return find_command(name)(arguments[1:]) if name else _train(arguments)
+        return _command(name, arguments[1:]) if name else _train(arguments)
     except (RunError, CheckpointError) as error:
         say_once(f"{program}: error: {error}", say)
         return 2
     except KeyboardInterrupt:
         say_once(f"{program}: interrupted{_RESUME if not name else ''}", say)
         return 130
+
+
+def _command(name: str, arguments: Sequence[str]) -> int:
+    command = find_command(name)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RunError(f"{name} is one process: start it without torchrun or accelerate launch")
+    return command(arguments)
 
 
 def _train(arguments: Sequence[str]) -> int:

@@ -47,7 +47,7 @@ def require_writable(output: Path) -> None:
 
 @contextmanager
 def output_errors(output: Path, *, trained: bool) -> Iterator[None]:
-    """Raise RunError where the disk is full or a folder cannot be written.
+    """Raise RunError where the disk is full, a folder cannot be written, or weights do not fit.
 
     Args:
         trained: there is a finished training to write again.
@@ -56,11 +56,12 @@ def output_errors(output: Path, *, trained: bool) -> Iterator[None]:
         yield
     except (OSError, SafetensorError, CheckpointError) as error:
         reason = getattr(error, "strerror", None) or error
+        # A disk has refused it, or a CheckpointError has another reason, such as an overflow.
+        of_disk = isinstance(error.__cause__ or error, OSError | SafetensorError)
+        room = "make room and " if of_disk else ""
         if trained:
             raise RunError(
                 f"output: cannot write {output} ({reason}); the training is done and saved: "
-                "make room and write it with --resume"
+                f"{room}write it with --resume"
             ) from error
-        raise RunError(
-            f"output: cannot write {output} ({reason}); make room and start it again"
-        ) from error
+        raise RunError(f"output: cannot write {output} ({reason}); {room}start it again") from error

@@ -4,6 +4,7 @@ Everything that one process does for all, such as reading the model or writing a
 `on_first`: an error there is raised in every process, so none is left waiting for the others.
 """
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -122,4 +123,9 @@ def join(device: str) -> Iterator[Processes]:
     yield Processes(rank=rank, count=count, device=place)
     # Not where the block failed: it would wait for the others, which wait for this process. It is
     # to say why and exit, upon which torchrun ends them.
+    # DDP's reducer is in a reference cycle and holds the group. Freed after the group's end, it
+    # would join gloo's thread with Python's lock held, which that thread may be waiting for.
+    # Together, so that no thread has something left to do.
+    gc.collect()
+    distributed.all_reduce(torch.zeros(1))
     distributed.destroy_process_group()

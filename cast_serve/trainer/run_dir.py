@@ -47,8 +47,10 @@ class Fixed:
     dense_loss: float
     # Of the data sets of the hub, by name.
     hub_commits: dict[str, str] = field(default_factory=dict)
-    # Of the text that dense_loss is of; empty in runs that were begun without it.
+    # Of the text that dense_loss is of, and of the dense model (source.py); empty in runs that were
+    # begun without them.
     evaluation_sha256: str = ""
+    dense_sha256: str = ""
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The dense checkpoint a run starts from: model, tokenizer, and the files a copy of it needs."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator
@@ -31,6 +32,8 @@ LOADING_ERRORS = (
     *(ArithmeticError, AssertionError, AttributeError, TypeError),
 )
 
+# One of them is of every tokenizer that transformers reads.
+_TOKENIZERS = ("tokenizer*.json", "vocab*", "*.model", "*.tiktoken")
 _COMPANIONS = (
     "tokenizer*",
     "vocab*",
@@ -80,8 +83,8 @@ def load_source(folder: Path) -> Source:
             f"model: {folder} is quantized or sparse already (quant_method {method}); "
             "give the dense checkpoint it was made from"
         )
+    tokenizer = load_tokenizer(folder)
     with loading(folder):
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         # dtype="auto" reads the files' own, which from_pretrained(dtype=float32) would hide.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", local_files_only=True, output_loading_info=True
@@ -90,6 +93,36 @@ def load_source(folder: Path) -> Source:
     require_whole(folder, model, found)
     dtype = model.dtype
     return Source(folder=folder, model=model.float(), tokenizer=tokenizer, dtype=dtype)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """That of a local checkpoint.
+
+    Raises:
+        RunError: the folder has none, or one that transformers cannot read.
+    """
+    if not any(next(folder.glob(name), None) for name in _TOKENIZERS):
+        raise RunError(
+            f"model: {folder} holds no tokenizer, neither {' nor '.join(_TOKENIZERS)}; copy the "
+            "files that belong to the model"
+        )
+    with loading(folder):
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def weights_sha256(model: PreTrainedModel) -> str:
+    """Of names, shapes and, for each tensor, the exact sum of its words: the same on any device."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        words = weight.detach().float().view(torch.int32).sum(dtype=torch.int64).item()
+        digest.update(f"{name} {tuple(weight.shape)} {words}\n".encode())
+    return digest.hexdigest()
+
+
+def dense_sha256(source: Source) -> str:
+    """Of what a run starts from and learns from, still dense: weights and config.json."""
+    config = (source.folder / "config.json").read_bytes()
+    return hashlib.sha256(weights_sha256(source.model).encode() + config).hexdigest()
 
 
 @contextmanager
@@ -110,7 +143,7 @@ def load_empty_source(folder: Path, dtype: torch.dtype) -> Source:
 
     Memory is only taken once they are written to.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = load_tokenizer(folder)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -180,8 +213,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def context_length(model: PreTrainedModel, asked: int | None) -> int:
-    """Tokens per sequence: what was asked, or 1024, within the model's positions.
+def context_length(
+    model: PreTrainedModel, asked: int | None, *, default: int = DEFAULT_CONTEXT
+) -> int:
+    """Tokens per sequence: what was asked, or `default`, within the model's positions.
 
     Raises:
         RunError: more than the model has positions for.
@@ -189,7 +224,7 @@ def context_length(model: PreTrainedModel, asked: int | None) -> int:
     # OPT and others without a limit in their config take any length.
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if asked is None:
-        return min(DEFAULT_CONTEXT, limit or DEFAULT_CONTEXT)
+        return min(default, limit or default)
     if limit is not None and asked > limit:
         raise RunError(f"context: {asked} is more than the model's {limit} positions")
     return asked

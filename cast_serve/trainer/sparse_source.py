@@ -7,9 +7,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cast_serve.model_loaders.checkpoint import Checkpoint
+from cast_serve.model_loaders.checkpoint import Checkpoint, read_json
+from cast_serve.model_loaders.formats import SPARSITY
 from cast_serve.model_loaders.layers import WEIGHT, is_transposed
 from cast_serve.model_loaders.rewrite import kept_slots
+from cast_serve.model_loaders.write import PROVENANCE
 from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.from_weights import build_model, unpacked
 
@@ -46,6 +48,7 @@ def load_sparse(folder: Path) -> SparseSource:
         RunError: nothing in it is 2:4, or transformers cannot make the model of it.
     """
     checkpoint = Checkpoint.open(folder)
+    _require_two_of_four(folder)
     weights: dict[str, torch.Tensor] = {}
     bitmasks: dict[str, torch.Tensor] = {}
     dtypes: list[torch.dtype] = []
@@ -71,6 +74,17 @@ def load_sparse(folder: Path) -> SparseSource:
         names=names,
         dtype=dtypes[0],
     )
+
+
+def _require_two_of_four(folder: Path) -> None:
+    """Refuse what was trained to another pattern: a 1:4 layer is 2:4, too, until it is trained."""
+    record = folder / PROVENANCE
+    pattern = read_json(record, "").get("sparsity", SPARSITY) if record.is_file() else SPARSITY
+    if pattern != SPARSITY:
+        raise RunError(
+            f"model: {folder} is {pattern}, by its {PROVENANCE}; what keeps a pattern here is "
+            f"for {SPARSITY} alone"
+        )
 
 
 def _match(

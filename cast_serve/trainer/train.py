@@ -51,7 +51,13 @@ from cast_serve.trainer.run_dir import (
     read_run,
     write_run,
 )
-from cast_serve.trainer.source import Source, context_length, load_empty_source, load_source
+from cast_serve.trainer.source import (
+    Source,
+    context_length,
+    dense_sha256,
+    load_empty_source,
+    load_source,
+)
 
 
 def run(config: RunConfig, console: Console) -> None:
@@ -85,6 +91,10 @@ def _run(config: RunConfig, console: Console, processes: Processes) -> None:
     # Of one process, or another might see a newer one.
     commits = processes.on_first(lambda: _hub_commits(config, fixed, console))
     source = _load_source(config, processes)
+    # Of the first process, which has the weights in any case.
+    dense = "" if config.dry_run else processes.on_first(lambda: dense_sha256(source))
+    if fixed is not None:
+        check_same_model(config, fixed, dense)
     context = context_length(source.model, config.context)
     if config.document_attention:
         processes.on_first(lambda: require_document_attention(source.model))
@@ -112,7 +122,7 @@ def _run(config: RunConfig, console: Console, processes: Processes) -> None:
     if warning:
         console.print(f"warning: {warning}", style="yellow", markup=False)
     if not config.dry_run:
-        _train(config, source, corpus, plan, fixed, commits, console, processes)
+        _train(config, source, dense, corpus, plan, fixed, commits, console, processes)
 
 
 def _hub_commits(config: RunConfig, fixed: Fixed | None, console: Console) -> dict[str, str]:
@@ -165,6 +175,7 @@ def _plan(
 def _train(
     config: RunConfig,
     source: Source,
+    dense: str,
     corpus: Corpus,
     plan: Plan,
     fixed: Fixed | None,
@@ -224,6 +235,7 @@ def _train(
             dense_loss=dense_loss,
             hub_commits=commits,
             evaluation_sha256=corpus.evaluation_sha256,
+            dense_sha256=dense,
         )
         begun = fixed
         processes.on_first(lambda: write_run(config, begun))
@@ -277,6 +289,19 @@ def make_stream(config: RunConfig, corpus: Corpus, *, length: int) -> BlockStrea
         shares=corpus.shares,
         eos=corpus.eos if config.document_attention else None,
     )
+
+
+def check_same_model(config: RunConfig, fixed: Fixed, dense: str) -> None:
+    """Raise RunError if the folder of the dense model holds another one than at the start.
+
+    Args:
+        dense: dense_sha256 of what is there now.
+    """
+    if fixed.dense_sha256 not in ("", dense):
+        raise RunError(
+            f"resume: weights or config.json of {config.model} are not those the run was started "
+            "from; restore them, or start a new run with another --output"
+        )
 
 
 def check_same_data(fixed: Fixed, corpus: Corpus) -> None:

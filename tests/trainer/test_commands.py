@@ -40,6 +40,17 @@ def test_a_command_refuses_in_one_line(capsys):
     )
 
 
+@pytest.mark.usefixtures("with_greet")
+def test_a_command_is_one_process(capsys, monkeypatch):
+    """Two would write the same output."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("cast_serve.trainer.main.say_once", lambda words, say: say(words))
+    assert main(["greet", "you"]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "greet is one process: start it without torchrun or accelerate launch" in said.err
+
+
 def test_unknown_command(capsys):
     assert main(["assess", "DIR"]) == 2
     assert "cast-train assess: error: 'assess' is no command; known: " in capsys.readouterr().err

@@ -360,7 +360,7 @@ def test_compare_varies_one_flag_at_a_time(flags, tmp_path):
         (["--seeds", "1,1"], "seeds: expected different whole numbers"),
         (["--method", "ast"], "method: it differs from run to run; name them in --methods"),
         (["--start", "wanda"], "start: it differs from run to run; name the method cast:sparsegpt"),
-        (["--methods", "cast:sparsegpt"], "lr: must be given with start=sparsegpt"),
+        (["--methods", "cast:sparsegpt"], "lr: cast:sparsegpt needs one, as --lr cast:sparsegpt=X"),
         (["--jobs", "0"], "jobs: 0 is out of range"),
         (["--only", "cast-seed0,ast"], "only: 'ast' is no run of these; known: oneshot"),
         (

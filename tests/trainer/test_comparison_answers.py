@@ -106,9 +106,13 @@ def test_each_is_asked_once(flags, choices, tmp_path, evaluated):
     [
         (["--zero-shot", "nothing.jsonl"], "nothing.jsonl"),
         (["--text", "nothing.txt"], "text: nothing.txt is no file"),
+        (["--text", "/dev/null"], "text: /dev/null is no file"),
+        (["--text", "empty.txt"], "text: empty.txt is empty"),
     ],
 )
-def test_bad_files_are_refused_before_training(flags, capsys, tmp_path, given, says):
+def test_bad_files_are_refused_before_training(flags, capsys, tmp_path, monkeypatch, given, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").touch()
     assert main([*flags, *given]) == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

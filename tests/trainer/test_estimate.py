@@ -147,6 +147,7 @@ def test_offloading_takes_time_of_the_host(make_config, tiny_models):
         (["--model", "llama-9"], "no configuration in llama-9.*llama-2-7b"),
         (["--model", "llama-2-7b", "--gpu", "tpu"], "'tpu' is not known; there is a100"),
         (["--model", "llama-2-7b", "--mfu", "2"], "mfu above 0"),
+        (["--model", "llama-2-7b", "--context", "4097"], "4097 is more than the model's 4096 pos"),
         (["--model", "llama-2-7b", "--parallel", "ddp", "--offload"], "needs parallel=fsdp"),
     ],
 )

@@ -215,6 +215,26 @@ def test_a_run_that_diverges_after_its_last_entry_writes_nothing(
     assert not config.output.exists()
 
 
+def test_a_loss_that_is_no_number_at_the_end_writes_nothing(
+    make: Callable[..., FinetuneConfig],
+) -> None:
+    """Weights that are finite can still overflow a product."""
+    config = make(lr=1e18, steps=1)
+    with pytest.raises(RunError, match=r"the loss is (nan|inf) after 1 steps; lower lr or raise"):
+        train.run(config, QUIET)
+    assert not config.output.exists()
+
+
+def test_another_pattern_is_refused(
+    make: Callable[..., FinetuneConfig], sparse_dirs: dict[str, Path], tmp_path: Path
+) -> None:
+    """A 1:4 layer is 2:4, too, and what it has room for would be filled."""
+    shutil.copytree(sparse_dirs["llama"], tmp_path / "model")
+    (tmp_path / "model" / "cast.json").write_text('{"sparsity": "1:4"}')
+    with pytest.raises(RunError, match=r"model is 1:4, by its cast\.json; what keeps a pattern"):
+        train.run(make(model=tmp_path / "model"), QUIET)
+
+
 def test_lora_target(make: Callable[..., FinetuneConfig], sparse_dirs: dict[str, Path]) -> None:
     config = make(lora=True, merge=True, lora_target=("q_proj", "v_proj"))
     train.run(config, QUIET)
@@ -362,6 +382,7 @@ def test_command(make: Callable[..., FinetuneConfig], capsys: pytest.CaptureFixt
         (["--steps", "0"], "steps: 0 is out of range"),
         (["--lora", "--lora-rank", "0"], "lora_rank: 0 is out of range"),
         (["--lr", "x"], "argument --lr: invalid float value"),
+        (["--eval-data", "e.txt", "--held-out", "0.1"], "held_out: eval_data is evaluated on"),
     ],
 )
 def test_bad_flags(tmp_path: Path, flags: list[str], says: str) -> None:

@@ -349,7 +349,7 @@ def test_one_shot_method_that_prunes_other_layers(make_config):
         ({"start": "wanda", "parallel": "fsdp"}, "start: wanda prunes the whole model on one dev"),
         ({"start": "wanda", "lr": None}, "lr: must be given with start=wanda"),
         ({"method": "ast", "export": "training"}, "the training form is of method cast, not ast"),
-        ({"eval_steps": 0}, "eval_steps: 0 is out of range; it must be above 0"),
+        ({"eval_steps": 0}, "eval_steps: 0 is out of range; it must be finite and above 0"),
         ({"eval_steps": 1.5}, "eval_steps: 1.5 is out of range; it must be a whole number or a"),
     ],
 )

@@ -17,6 +17,7 @@ def calls(monkeypatch):
     for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("MASTER_ADDR", "localhost")):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(distributed, "init_process_group", lambda *_, **__: found.append("init"))
+    monkeypatch.setattr(distributed, "all_reduce", lambda _: found.append("meet"))
     monkeypatch.setattr(distributed, "destroy_process_group", lambda: found.append("destroy"))
     return found
 
@@ -24,7 +25,7 @@ def calls(monkeypatch):
 def test_group_ends_with_the_block(calls):
     with join("cpu") as processes:
         assert (processes.rank, processes.count) == (0, 2)
-    assert calls == ["init", "destroy"]
+    assert calls == ["init", "meet", "destroy"]
 
 
 @pytest.mark.parametrize(("given", "used"), [(None, 2), ("1", 2), ("3", None)])

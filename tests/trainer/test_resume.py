@@ -8,6 +8,7 @@ The model is GPT-2 with dropout, so random numbers have to come back as well.
 import dataclasses
 import errno
 import fcntl
+import json
 import os
 import random
 import shutil
@@ -23,12 +24,14 @@ import pytest
 import torch
 from parallel_runs import ended_well, start
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import FileSystemWriter
 from training_state import read_checkpoint
 
 from cast_serve.trainer import train
 from cast_serve.trainer.data_source import DataSource
 from cast_serve.trainer.errors import RunError
+from cast_serve.trainer.journal import read_history
 from cast_serve.trainer.main import main
 from cast_serve.trainer.run_dir import checkpoints, held
 
@@ -322,6 +325,52 @@ def test_resume_with_other_text_to_evaluate_on(make_config, tmp_path):
     text.write_text(text.read_text().replace("whale", "squid"))
     with pytest.raises(RunError, match="eval_data no longer gives the tokens"):
         train.run(dataclasses.replace(config, resume=True), QUIET)
+
+
+@pytest.mark.parametrize("part", ["weights", "config.json"])
+def test_resume_from_another_model(make_config, llama_dir, tmp_path, part):
+    """It is the teacher, too."""
+    shutil.copytree(llama_dir, tmp_path / "dense")
+    config = make_config(model=tmp_path / "dense", steps=2, allow_short_travel=True)
+    train.run(config, QUIET)
+    shutil.rmtree(config.output)
+    if part == "weights":
+        file = tmp_path / "dense" / "model.safetensors"
+        save_file(
+            {name: 1.5 * weight for name, weight in load_file(file).items()},
+            file,
+            metadata={"format": "pt"},
+        )
+    else:
+        file = tmp_path / "dense" / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"rms_norm_eps": 0.1}))
+    with pytest.raises(RunError, match=r"weights or config.json of .*dense are not those the run"):
+        train.run(dataclasses.replace(config, resume=True), QUIET)
+
+
+def test_resume_with_a_damaged_log(finished):
+    """What it logged is no reason not to go on."""
+    log = finished.run_dir / "log.jsonl"
+    log.write_bytes(b'\xff\n[1]\n{"loss": 1}\n{"step": "x"}\n' + log.read_bytes())
+    shutil.rmtree(finished.output)
+    train.run(dataclasses.replace(finished, resume=True), QUIET)
+    assert (finished.output / "cast.json").is_file()
+    assert [entry["step"] for entry in read_history(finished.run_dir)] == [1, 2]
+
+
+def test_ctrl_c_in_a_save_is_no_full_disk(make_config, monkeypatch):
+    """torch wraps it as it does errors of writing."""
+    config = make_config(steps=2, allow_short_travel=True, save_steps=1)
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    write = FileSystemWriter.write_data
+    saves = iter([write, interrupt])
+    monkeypatch.setattr(FileSystemWriter, "write_data", lambda *a, **k: next(saves)(*a, **k))
+    with pytest.raises(KeyboardInterrupt):
+        train.run(config, QUIET)
+    assert [path.name for path in checkpoints(config.run_dir)] == ["checkpoint-1"]
 
 
 def test_resume_needs_no_second_leave_for_short_travel(finished):

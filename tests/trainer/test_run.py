@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cast_serve.kernels.packing import check, unpack
 from cast_serve.kernels.pattern import nm_mask
+from cast_serve.model_loaders.errors import CheckpointError
 from cast_serve.trainer import train
 from cast_serve.trainer.calibrate import measure_lambda
 from cast_serve.trainer.data import BlockStream
@@ -25,6 +26,7 @@ from cast_serve.trainer.gradient import Gradient
 from cast_serve.trainer.guard import Guard
 from cast_serve.trainer.journal import read_history
 from cast_serve.trainer.layers import add_scales, choose_layers
+from cast_serve.trainer.output import output_errors
 from cast_serve.trainer.processes import ALONE
 from cast_serve.trainer.run_dir import checkpoints
 from cast_serve.trainer.source import load_source
@@ -238,13 +240,24 @@ def test_eta_zero_has_no_teacher(make_config, monkeypatch):
 
 def test_exploding_loss_stops_the_run(make_config):
     # The rate rises slowly to what no model survives, so some checkpoints are from before.
-    config = make_config(allow_short_travel=True, lr=3.0, warmup=0.9, save_steps=2, steps=100)
-    with pytest.raises(RunError, match=r"the (loss|gradient) is .* by step") as caught:
+    config = make_config(allow_short_travel=True, lr=3.0, warmup=0.9, save_steps=1, steps=2000)
+    with pytest.raises(RunError, match=r"the (loss|gradient|update)") as caught:
         run(config)
     saved = checkpoints(config.run_dir)
     assert f"the last good checkpoint is {saved[-1]}" in str(caught.value)
     state = read_checkpoint(saved[-1])
     assert all(value.isfinite().all() for value in state.values() if torch.is_tensor(value))
+    assert not config.output.exists()
+
+
+@pytest.mark.parametrize("steps", [1, 6])
+def test_an_update_that_ruins_the_model_is_not_saved(make_config, steps):
+    """Its loss was taken before it; and after the last one there is no other."""
+    config = make_config(allow_short_travel=True, lr=1e10, steps=steps, save_steps=1, warmup=0.0)
+    message = "the update of step 1 takes the cross-entropy to .*; there is no checkpoint before it"
+    with pytest.raises(RunError, match=message):
+        run(config)
+    assert not checkpoints(config.run_dir)
     assert not config.output.exists()
 
 
@@ -299,6 +312,10 @@ def test_source_trains_in_fp32_whatever_is_stored(llama_dir):
         (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
         (lambda folder: (folder / "config.json").write_text("{"), "is not JSON"),
         (lambda folder: (folder / "model.safetensors").unlink(), "cannot load"),
+        (
+            lambda folder: remove(folder, "tokenizer*.json"),
+            r"holds no tokenizer, neither tokenizer\*\.json nor vocab\*",
+        ),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"cut"), "cannot load"),
         (
             lambda folder: (folder / "config.json").write_text(
@@ -314,7 +331,7 @@ def test_source_trains_in_fp32_whatever_is_stored(llama_dir):
         (lambda folder: edit_config(folder, dtype="bf15"), "cannot load .* no attribute 'bf15'"),
     ],
     ids=[
-        *("no config", "bad config", "no weights", "cut weights", "sparse"),
+        *("no config", "bad config", "no weights", "no tokenizer", "cut weights", "sparse"),
         *("size of another type", "no heads", "no dtype"),
     ],
 )
@@ -324,6 +341,11 @@ def test_source_errors(llama_dir, tmp_path, make_config, damage, message):
     with pytest.raises(RunError, match=message) as caught:
         run(make_config(model=folder))
     assert "\n" not in str(caught.value)
+
+
+def remove(folder, names):
+    for path in folder.glob(names):
+        path.unlink()
 
 
 def edit_config(folder, **changes):
@@ -498,3 +520,22 @@ def test_dry_run_refuses_what_the_run_would(make_config):
 def test_output_names_a_folder(make_config, output):
     with pytest.raises(RunError, match="names no new folder"):
         make_config(output=Path(output))
+
+
+@pytest.mark.parametrize(
+    ("error", "cause", "end"),
+    [
+        (OSError(28, "No space left on device"), None, "; make room and start it again"),
+        (CheckpointError(Path("out"), "a weight overflows"), None, "overflows); start it again"),
+        (
+            CheckpointError(Path("out"), "is full"),
+            OSError(28, ""),
+            "; make room and start it again",
+        ),
+    ],
+    ids=["disk", "weights", "disk, by a checkpoint"],
+)
+def test_room_is_asked_for_where_the_disk_refuses(error, cause, end):
+    with pytest.raises(RunError) as caught, output_errors(Path("out"), trained=False):
+        raise error from cause
+    assert str(caught.value).endswith(end)

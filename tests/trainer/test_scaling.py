@@ -272,6 +272,7 @@ def output_folder(path: Path, tokens: int, perplexity: float, dense: float = 20.
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     ours = {"quant_method": "cast", "format": "packed", "sparsity": "2:4", "version": 1}
     config = {"model_type": "llama", "num_hidden_layers": 1, "quantization_config": ours}
+    config["tie_word_embeddings"] = True
     (path / "config.json").write_text(json.dumps(config))
     evaluation = {"perplexity_after_prune": perplexity, "perplexity_dense": dense}
     record = {"tokens": tokens, "evaluation": evaluation}

@@ -34,13 +34,15 @@ class Questions:
         """Refuse before hours of work what would be refused after them.
 
         Raises:
-            RunError: a text that is no file, or a file without items.
+            RunError: a text that is no file or an empty one, or a file without items.
         """
         from cast_serve.trainer.evaluation.choices import read_items
 
         for path in self.text:
             if not path.is_file():
                 raise RunError(f"text: {path} is no file")
+            if not path.stat().st_size:
+                raise RunError(f"text: {path} is empty")
         for path in self.zero_shot:
             read_items(path)
 

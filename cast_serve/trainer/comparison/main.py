@@ -15,7 +15,6 @@ With --jobs several run at once, each on a GPU of its own where there are as man
 """
 
 import argparse
-import os
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -51,8 +50,6 @@ def main(arguments: Sequence[str]) -> int:
     """
     comparison = parse_comparison(arguments)
     jobs = comparison.jobs
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RunError("compare is one process: start it without torchrun; --jobs N starts others")
     # Here, because transformers takes seconds to import and --help must not wait for it.
     from transformers.utils.logging import disable_progress_bar
 
@@ -112,6 +109,12 @@ def parse_comparison(arguments: Sequence[str]) -> Comparison:
         bases[varied] = parse([*rest, *varied.flags])
     rates = _by_method("lr", given.lr, trained)
     decays = _by_method("lambda", given.decay, [m for m in methods if rule_of(m) in _WITH_DECAY])
+    for method in trained:
+        if method.startswith("cast:") and rates[method] == [None]:
+            raise RunError(
+                f"lr: {method} needs one, as --lr {method}=X: the default is the rate that brings "
+                "masked weights to zero, and there they are already"
+            )
     seeds = _seeds(given.seeds) if given.seeds else [base.seed]
     questions = Questions(text=tuple(given.text), zero_shot=tuple(given.zero_shot))
     jobs = []

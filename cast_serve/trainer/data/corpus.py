@@ -5,7 +5,7 @@ of its own, drawn by its share and read again from its start when it is used up.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cast_serve.trainer.data.blocks import Blocks, held_out_rows, to_blocks
 from cast_serve.trainer.data.cache import cached, file_digest, key_of_source, uncached
-from cast_serve.trainer.data.files import Piece, documents, expand, suffix
+from cast_serve.trainer.data.files import WITH_KEYS, Piece, documents, expand, kind_of, suffix
 from cast_serve.trainer.data.hub import hub_commits, rows
 from cast_serve.trainer.data.tokens import (
     TokenRun,
@@ -115,6 +115,7 @@ def load_corpus(
     Raises:
         RunError: a source is missing, unreadable, of no known kind or empty; too few tokens.
     """
+    _require_keys((*sources, *eval_sources), text_key)
     reading = Reading(
         tokenizer=tokenizer, text_key=text_key or _TEXT_KEY, cache=cache, commits=commits or {}
     )
@@ -176,8 +177,21 @@ def read_tokens(
     Raises:
         RunError: as load_corpus.
     """
+    _require_keys(sources, text_key)
     reading = Reading(tokenizer=tokenizer, text_key=text_key or _TEXT_KEY, cache=cache)
     return TokenRun([_tokens(source, reading, None)[0] for source in sources])
+
+
+def _require_keys(sources: Sequence[DataSource], text_key: str | None) -> None:
+    """Refuse a key that no source has a use for."""
+    if text_key in (None, _TEXT_KEY):
+        return
+    for source in sources:
+        if source.hub or any(kind_of(file) in WITH_KEYS for file in expand(source.path)):
+            return
+    raise RunError(
+        f"text_key: {sources[0].place} has no keys, and no other file of data; leave it out"
+    )
 
 
 def _needed(budget: float, held_out: float, context: int) -> int:

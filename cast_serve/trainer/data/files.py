@@ -29,6 +29,8 @@ from cast_serve.trainer.errors import RunError, first_line
 
 _TEXT = (".txt", ".text", ".md")
 _PACKED = (".xz", ".gz", ".zst")
+# Kinds whose rows have keys, one of which is that of the text.
+WITH_KEYS = (".jsonl", ".parquet")
 _DOCUMENT_END = "\n\n\n"
 _READ = 1 << 20
 PIECE = 1 << 20

@@ -28,6 +28,7 @@ from cast_serve.trainer.config import RunConfig
 from cast_serve.trainer.distillation.loss import TopK, top_k_of
 from cast_serve.trainer.distillation.teacher import Teacher
 from cast_serve.trainer.errors import RunError
+from cast_serve.trainer.source import weights_sha256
 
 Item = dict[str, torch.Tensor]
 
@@ -254,16 +255,6 @@ def _dtypes(model: PreTrainedModel, config: RunConfig) -> tuple[str, str]:
         )
     values = "float16" if config.compute == "bf16" else "float32"
     return values, "uint16" if vocab <= 2**16 else "int32"
-
-
-@torch.no_grad()
-def weights_sha256(model: PreTrainedModel) -> str:
-    """Of names, shapes and, for each tensor, the exact sum of its words: the same on any device."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.named_parameters()):
-        words = weight.detach().float().view(torch.int32).sum(dtype=torch.int64).item()
-        digest.update(f"{name} {tuple(weight.shape)} {words}\n".encode())
-    return digest.hexdigest()
 
 
 def _sha256(ids: torch.Tensor) -> bytes:

@@ -6,6 +6,7 @@ from typing import Literal
 
 from cast_serve.trainer.errors import RunError
 
+DEFAULT_HELD_OUT = 0.01
 DEFAULT_LR = {"full": 2e-5, "lora": 2e-4}
 DEFAULT_RANK = 8
 
@@ -27,7 +28,7 @@ class FinetuneConfig:
     output: Path
     eval_data: tuple[Path, ...] = ()
     text_key: str | None = None
-    held_out: float = 0.01
+    held_out: float | None = None
     steps: int | None = None
     epochs: float | None = None
     context: int | None = None
@@ -59,6 +60,8 @@ class FinetuneConfig:
                 raise RunError(f"{key}: is of LoRA; give --lora too")
         if self.export != "packed" and self.lora and not self.merge:
             raise RunError("export: an adapter is written; give --merge too for a model")
+        if self.eval_data and self.held_out is not None:
+            raise RunError("held_out: eval_data is evaluated on instead; give one of the two")
         at_least_one = ("steps", "batch_size", "gradient_accumulation", "lora_rank", "log_steps")
         for key in at_least_one:
             self._require(key, lambda value: value >= 1, "at least 1")
@@ -78,6 +81,10 @@ class FinetuneConfig:
         if not self.lora:
             return "full"
         return "masked lora" if self.merge else "lora"
+
+    @property
+    def held_out_share(self) -> float:
+        return DEFAULT_HELD_OUT if self.held_out is None else self.held_out
 
     @property
     def peak_lr(self) -> float:

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from cast_serve.trainer.data import BlockStream, load_corpus
 from cast_serve.trainer.data.blocks import held_out_rows
 from cast_serve.trainer.data.files import (
+    WITH_KEYS,
     expand,
     json_rows,
     kind_of,
@@ -36,8 +37,6 @@ from cast_serve.trainer.errors import RunError
 
 # Pieces of one sequence in order; the loss is taken on those marked True.
 Pieces = list[tuple[str, bool]]
-
-_WITH_KEYS = (".jsonl", ".parquet")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -119,8 +118,6 @@ def load_examples(
     for path in (*paths, *eval_paths):
         if (other := _kind(path, text_key)) != kind:
             raise RunError(f"{path}: holds {other}, but {paths[0]} holds {kind}; give one kind")
-    if text_key is not None and not any(kind_of(path) in _WITH_KEYS for path in paths):
-        raise RunError(f"text_key: {paths[0]} has no keys, and no other file of data; leave it out")
     if kind == "text":
         corpus = load_corpus(
             _sources(files),
@@ -291,7 +288,7 @@ def _turns(where: str, messages: Any, tokenizer: PreTrainedTokenizerBase) -> Pie
 def _kind(path: Path, text_key: str | None) -> str:
     """ "text", "prompt" or "messages", by the name of the file and the keys that its rows hold."""
     suffix = kind_of(path)
-    if text_key is not None or suffix not in _WITH_KEYS:
+    if text_key is not None or suffix not in WITH_KEYS:
         return "text"
     if suffix == ".parquet":
         where, keys = str(path), parquet_columns(path)

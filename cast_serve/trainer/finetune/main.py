@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cast_serve.trainer.arguments import Parser
 from cast_serve.trainer.errors import RunError
-from cast_serve.trainer.finetune.config import DEFAULT_LR, FinetuneConfig
+from cast_serve.trainer.finetune.config import DEFAULT_HELD_OUT, DEFAULT_LR, FinetuneConfig
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -37,7 +37,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="train on the text under this key or column of .jsonl and .parquet, whatever else "
         "rows hold (default text, where there is no prompt and no messages)",
     )
-    flag("--held-out", type=float, metavar="X", help="share kept for evaluation (default 0.01)")
+    flag(
+        "--held-out",
+        type=float,
+        metavar="X",
+        help=f"share kept for evaluation (default {DEFAULT_HELD_OUT:g})",
+    )
     flag("--steps", type=int, metavar="N", help="optimizer steps")
     flag("--epochs", type=float, metavar="X", help="passes over the data (default 1)")
     flag("--context", type=int, metavar="N", help="longest sequence (default 1024 or the model's)")

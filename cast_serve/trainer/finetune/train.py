@@ -49,7 +49,7 @@ def run(config: FinetuneConfig, console: Console) -> None:
         config.data,
         source.tokenizer,
         context=context,
-        held_out=config.held_out,
+        held_out=config.held_out_share,
         eval_files=config.eval_data,
         text_key=config.text_key,
     )
@@ -84,6 +84,8 @@ def run(config: FinetuneConfig, console: Console) -> None:
         assert isinstance(model, PeftModel)
         model = merge(model)
     after = mean_loss(model, examples.evaluation, batch_size=config.batch_size)
+    if not math.isfinite(after):
+        raise RunError(f"the loss is {after} after {steps} steps; lower lr or raise warmup")
     record = _provenance(config, examples, steps, context, before=before, after=after)
     if isinstance(model, PeftModel):
         _write_adapter(model, config, record)
@@ -231,11 +233,6 @@ def _training_arguments(config: FinetuneConfig, steps: int, scratch: Path) -> Tr
         seed=config.seed,
         use_cpu=config.device == "cpu",
     )
-    if arguments.world_size > 1:
-        raise RunError(
-            f"cast-train finetune runs on one process, and was started as one of "
-            f"{arguments.world_size}; start it without torchrun or accelerate launch"
-        )
     # The Trainer wraps the model in DataParallel where it sees several GPUs: take the first.
     arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments
