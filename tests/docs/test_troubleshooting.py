@@ -25,6 +25,7 @@ PASSED_ON = {
     "bench/serving/client.py: ServerError(f'{what}; see {self.log}', self.log.read_text(er",
     "bench/serving/server.py: ServerError(f'{what}; see {self.log}', self.log.read_text(er",
     "cast_serve/cli/model.py: typer.Exit(1)",
+    "cast_serve/cli/perplexity.py: CheckpointError(Path(place), reason)",
     "cast_serve/cli/perplexity.py: CheckpointError(folder, str(error))",
     "cast_serve/cli/perplexity.py: CheckpointError(path, str(error))",
     "cast_serve/linear.py: ValueError(f\"{', '.join(sorted(names))}: {reason}\")",
