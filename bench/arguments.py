@@ -12,7 +12,10 @@ def writable_folder(given: str) -> Path:
         argparse.ArgumentTypeError: it cannot be written to; says what is in the way.
     """
     path = Path(given)
-    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    try:
+        there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{path}: {error.strerror}") from error
     if not there.is_dir():
         raise argparse.ArgumentTypeError(f"{there} is no folder")
     if not os.access(there, os.W_OK | os.X_OK):

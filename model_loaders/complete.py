@@ -42,11 +42,17 @@ def require_complete(checkpoint: Checkpoint, shapes: Mapping[str, Shape]) -> Non
         return
     _require_blocks(checkpoint, shapes, checkpoint.config.get(_BLOCK_COUNT[family]))
     for end in _outside_blocks(family, checkpoint.config):
-        # norm.weight is no end of input_layernorm.weight.
-        if not any(f".{name}".endswith(f".{end}") for name in checkpoint.entries):
+        if not _holds(shapes, end):
             raise CheckpointError(
                 _listing(checkpoint), "is missing; the checkpoint is incomplete", end
             )
+
+
+def _holds(shapes: Mapping[str, Shape], end: str) -> bool:
+    """Whether a tensor is `end` below any prefix, or a linear has that for its weight."""
+    # norm.weight is no end of input_layernorm.weight.
+    ends = (f".{end}", f".{end.removesuffix('.weight')}")
+    return any(f".{name}".endswith(ends) for name in shapes)
 
 
 def _outside_blocks(family: str, config: Mapping[str, Any]) -> list[str]:
@@ -56,7 +62,7 @@ def _outside_blocks(family: str, config: Mapping[str, Any]) -> list[str]:
     elif family == "opt":
         names = ["embed_tokens.weight", "embed_positions.weight", *_opt_norm(config)]
         hidden = config.get("hidden_size")
-        if config.get("word_embed_proj_dim", hidden) != hidden:
+        if hidden is not None and config.get("word_embed_proj_dim") not in (None, hidden):
             names += ["project_in.weight", "project_out.weight"]
     else:
         names = ["embed_tokens.weight", "norm.weight"]

@@ -7,7 +7,7 @@ from typing import Any
 from transformers.utils.logging import disable_progress_bar
 
 from cast_serve.model_loaders.errors import CheckpointError
-from cast_serve.trainer.data import read_tokens, to_blocks
+from cast_serve.trainer.data import read_tokens, require_keys, to_blocks
 from cast_serve.trainer.data_source import DataSource
 from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.evaluation.mean_loss import mean_loss, to_perplexity
@@ -39,6 +39,7 @@ def measure_on(
         except RunError as error:
             raise CheckpointError(folder, str(error)) from error
         try:
+            require_keys(sources, text_key)
             tokens = read_tokens(sources, source.tokenizer, text_key=text_key)
             windows = to_blocks(tokens, context=length, key="text").stacked()
         except RunError as error:

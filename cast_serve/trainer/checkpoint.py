@@ -58,7 +58,11 @@ def save(
                 no_dist=processes.count == 1,
             )
     except CheckpointException as error:
-        _pass_interrupt_on(error)
+        if _is_interrupt(error):
+            # Not on_first: the others may not come here.
+            if processes.is_first:
+                shutil.rmtree(staging, ignore_errors=True)
+            raise KeyboardInterrupt from error
         processes.on_first(lambda: shutil.rmtree(staging, ignore_errors=True))
         raise RunError(_cannot_save(run_dir, step, error)) from error
     digests = _gather(_digests(staging, processes.rank), processes)
@@ -84,7 +88,8 @@ def load(
                 no_dist=processes.count == 1,
             )
     except CheckpointException as error:
-        _pass_interrupt_on(error)
+        if _is_interrupt(error):
+            raise KeyboardInterrupt from error
         raise RunError(_damaged(folder, _reason(error))) from error
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
     return step
@@ -193,11 +198,9 @@ def _cannot_save(run_dir: Path, step: int, error: BaseException) -> str:
     )
 
 
-def _pass_interrupt_on(error: CheckpointException) -> None:
-    """Ctrl-C, which torch wraps as if writing or reading had failed."""
-    for inner, _ in error.failures.values():
-        if isinstance(inner, KeyboardInterrupt):
-            raise KeyboardInterrupt from error
+def _is_interrupt(error: CheckpointException) -> bool:
+    """Whether it is Ctrl-C, which torch wraps as if writing or reading had failed."""
+    return any(isinstance(inner, KeyboardInterrupt) for inner, _ in error.failures.values())
 
 
 def _reason(error: BaseException) -> str:

@@ -45,8 +45,8 @@ def build_model(
     Raises:
         RunError: transformers knows no such model or tokenizer, or a weight is missing.
     """
+    tokenizer = load_tokenizer(folder)
     with loading(folder):
-        tokenizer = load_tokenizer(folder)
         config = _unquantized(AutoConfig.from_pretrained(folder, local_files_only=True))
         kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         # Not the constructor and load_state_dict: names may have changed between releases.

@@ -19,18 +19,18 @@ class Guard:
 
     Args:
         limit: nats per token that the mean loss since the last check must not exceed.
-        worst: nats per token that the cross-entropy after an update must not exceed.
     """
 
-    def __init__(self, processes: Processes, *, limit: float, worst: float) -> None:
+    def __init__(self, processes: Processes, *, limit: float) -> None:
         self.processes = processes
         self.limit = limit
-        self.worst = worst
-        self._sums = torch.zeros(3, dtype=torch.float64, device=processes.device)
+        # Mean cross-entropy between the last two checks.
+        self._usual = 0.0
+        self._sums = torch.zeros(4, dtype=torch.float64, device=processes.device)
 
-    def see(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
-        """The mean loss of a step in this process, and the norm of its gradient."""
-        self._sums += torch.stack((loss, norm * 0, torch.ones_like(loss)))
+    def see(self, loss: torch.Tensor, cross_entropy: torch.Tensor, norm: torch.Tensor) -> None:
+        """The means of a step in this process, and the norm of its gradient."""
+        self._sums += torch.stack((loss, cross_entropy, norm * 0, torch.ones_like(loss)))
 
     def check(self, run_dir: Path, step: int) -> None:
         """Look at the steps since the last check.
@@ -38,11 +38,11 @@ class Guard:
         Raises:
             RunError: in every process; names the last checkpoint before it.
         """
-        loss, broken, count = self.processes.sum(self._sums.clone()).tolist()
+        loss, cross_entropy, broken, count = self.processes.sum(self._sums.clone()).tolist()
         self._sums.zero_()
         if not count:
             return
-        mean = loss / count
+        mean, self._usual = loss / count, cross_entropy / count
         if math.isfinite(mean) and math.isfinite(broken) and mean <= self.limit:
             return
         if not math.isfinite(mean):
@@ -54,14 +54,20 @@ class Guard:
         raise RunError(_said(f"{found} by step {step}", run_dir))
 
     def check_update(self, run_dir: Path, step: int, cross_entropy: float) -> None:
-        """Look at the model as `step` has left it: its losses so far are of before that update.
+        """Look at the model as `step`, just checked, has left it: its losses are of before that.
+
+        Args:
+            cross_entropy: of the model now, nats per token. It may be far above a guess where it
+                was so before: a loss of KL alone does not ask for it.
 
         Raises:
-            RunError: it is worse than a guess, or no number; names the last checkpoint before it.
+            RunError: that is above the limit and a nat worse than it was, or no number; names the
+                last checkpoint before it.
         """
-        if not cross_entropy <= self.worst:
+        worst = max(self.limit, self._usual + 1)
+        if not cross_entropy <= worst:
             found = f"the update of step {step} takes the cross-entropy to {cross_entropy:.3g}"
-            raise RunError(_said(f"{found}, above the limit of {self.worst:.3g}", run_dir))
+            raise RunError(_said(f"{found}, above {worst:.3g}", run_dir))
 
 
 def _said(found: str, run_dir: Path) -> str:

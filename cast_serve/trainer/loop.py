@@ -53,8 +53,7 @@ class Training:
         )
         self.optimizer = optimizer
         self.evaluation = evaluation
-        worst = guess + 1
-        self.guard = Guard(self.processes, limit=config.loss_limit or worst, worst=worst)
+        self.guard = Guard(self.processes, limit=config.loss_limit or guess + 1)
         # Sums of CE, KL and gradient norm since the last entry.
         self._sums = torch.zeros(3, device=self.processes.device)
         self._logged = 0
@@ -107,7 +106,7 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._sums += torch.cat((parts, norm.reshape(1)))
-        self.guard.see((1 - eta) * parts[0] + eta * parts[1], norm)
+        self.guard.see((1 - eta) * parts[0] + eta * parts[1], parts[0], norm)
 
     def _loss_ahead(self, step: int) -> float:
         """Cross-entropy, in nats per token, of what the step after `step` begins with."""

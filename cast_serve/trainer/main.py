@@ -42,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _command(name: str, arguments: Sequence[str]) -> int:
     command = find_command(name)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    # Unset or empty: not of several.
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise RunError(f"{name} is one process: start it without torchrun or accelerate launch")
     return command(arguments)
 

@@ -32,8 +32,8 @@ LOADING_ERRORS = (
     *(ArithmeticError, AssertionError, AttributeError, TypeError),
 )
 
-# One of them is of every tokenizer that transformers reads.
-_TOKENIZERS = ("tokenizer*.json", "vocab*", "*.model", "*.tiktoken")
+# Of a folder with a tokenizer that transformers reads, one at least.
+_TOKENIZERS = ("tokenizer*.json", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 _COMPANIONS = (
     "tokenizer*",
     "vocab*",
@@ -44,6 +44,7 @@ _COMPANIONS = (
     "generation_config.json",
     "*.model",
     "*.tiktoken",
+    "tekken.json",
     "LICENSE*",
 )
 

@@ -48,7 +48,6 @@ def load_sparse(folder: Path) -> SparseSource:
         RunError: nothing in it is 2:4, or transformers cannot make the model of it.
     """
     checkpoint = Checkpoint.open(folder)
-    _require_two_of_four(folder)
     weights: dict[str, torch.Tensor] = {}
     bitmasks: dict[str, torch.Tensor] = {}
     dtypes: list[torch.dtype] = []
@@ -76,8 +75,12 @@ def load_sparse(folder: Path) -> SparseSource:
     )
 
 
-def _require_two_of_four(folder: Path) -> None:
-    """Refuse what was trained to another pattern: a 1:4 layer is 2:4, too, until it is trained."""
+def require_two_of_four(folder: Path) -> None:
+    """Refuse what was made to another pattern: a 1:4 layer is 2:4, too, until it is trained.
+
+    Raises:
+        RunError: it was, by its cast.json.
+    """
     record = folder / PROVENANCE
     pattern = read_json(record, "").get("sparsity", SPARSITY) if record.is_file() else SPARSITY
     if pattern != SPARSITY:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from cast_serve.trainer import checkpoint
 from cast_serve.trainer.calibrate import require_lambda
 from cast_serve.trainer.config import RunConfig
-from cast_serve.trainer.data import BlockStream, Corpus, hub_commits, load_corpus
+from cast_serve.trainer.data import BlockStream, Corpus, hub_commits, load_corpus, require_keys
 from cast_serve.trainer.data.packing import require_document_attention
 from cast_serve.trainer.distillation.teacher import make_teacher
 from cast_serve.trainer.distillation.teacher_cache import (
@@ -85,6 +85,8 @@ def _run(config: RunConfig, console: Console, processes: Processes) -> None:
         there = f"{processes.count} processes on {processes.device.type}"
         raise RunError(f"cuda_graph: needs one process on an NVIDIA GPU; here are {there}")
     resumes = config.resume and not config.dry_run
+    if not resumes:
+        processes.on_first(lambda: require_keys((*config.data, *config.eval_data), config.text_key))
     fixed = processes.on_first(lambda: read_run(config)) if resumes else None
     if fixed is not None:
         check_same_step(config, fixed, processes)

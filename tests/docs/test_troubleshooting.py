@@ -20,6 +20,7 @@ SOURCES = list_errors.sources()
 
 # Raised with the words of another error or library alone, or with an exit status.
 PASSED_ON = {
+    "bench/arguments.py: argparse.ArgumentTypeError(f'{path}: {error.strerror}')",
     "bench/result_file.py: ResultError(f'{path}: row {index}: {found}')",
     "bench/serving/breakdown.py: ServerError(f'{url}: {error}')",
     "bench/serving/client.py: ServerError(f'{what}; see {self.log}', self.log.read_text(er",

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -83,6 +84,32 @@ def test_each_tensor_outside_the_blocks_is_missed(
             find_layers(Checkpoint.open(folder))
         assert caught.value.tensor is not None
         assert name.endswith(caught.value.tensor)
+
+
+def test_what_is_outside_the_blocks_may_be_packed(tmp_path: Path) -> None:
+    """compressed-tensors packs every linear; `cast-model unpack` reads them."""
+    config, _ = FAMILIES["opt-norm-after"]
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    packed = {
+        "format": "sparse-24-bitmask",
+        "sparsity_structure": "2:4",
+        "targets": ["Linear"],
+        "ignore": [],
+    }
+    quantization = {"quant_method": "compressed-tensors", "format": "dense"}
+    quantization["sparsity_config"] = packed
+    for name in [name for name, one in tensors.items() if one.dim() == 2 and "embed" not in name]:
+        rows, columns = tensors.pop(name).shape
+        module = name.removesuffix(".weight")
+        tensors[f"{module}.compressed"] = torch.zeros(rows, columns // 2, dtype=torch.bfloat16)
+        tensors[f"{module}.bitmask"] = torch.full((rows, columns // 8), 0x33, dtype=torch.uint8)
+        tensors[f"{module}.shape"] = torch.tensor([rows, columns])
+    save_file(tensors, file, metadata={"format": "pt"})
+    copy_with_config(tmp_path / "model", tmp_path / "packed", quantization)
+    names = {linear.name for linear in find_layers(Checkpoint.open(tmp_path / "packed")).linears}
+    assert {"model.decoder.project_in", "model.decoder.project_out"} <= names
 
 
 def test_a_classifier_has_no_head_for_tokens(tmp_path: Path) -> None:

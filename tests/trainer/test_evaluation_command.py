@@ -65,6 +65,13 @@ def test_text_key_of_documents(evaluate, tmp_path):
     status, out, _ = evaluate(*flags, "--join", "documents", "--text-key", "body")
     assert status == 0
     assert json.loads(out.splitlines()[-1])["text"][0]["tokens"] == 6 * 20 + 1
+    # One file without keys beside one that has them.
+    (tmp_path / "plain.txt").write_text("words " * 20)
+    both = ("--text", tmp_path / "plain.txt", path, *flags[2:], "--join", "documents")
+    assert evaluate(*both, "--text-key", "body")[0] == 0
+    alone = (*both[:2], *both[3:])
+    status, _, err = evaluate(*alone, "--text-key", "body")
+    assert (status, "plain.txt has no keys, and no other file given has" in err) == (2, True)
     status, _, err = evaluate(*flags, "--text-key", "body")
     assert (status, "text_key: a file that is read as one text" in err) == (2, True)
 

@@ -371,6 +371,7 @@ def test_ctrl_c_in_a_save_is_no_full_disk(make_config, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         train.run(config, QUIET)
     assert [path.name for path in checkpoints(config.run_dir)] == ["checkpoint-1"]
+    assert not (config.run_dir / ".staging").exists()
 
 
 def test_resume_needs_no_second_leave_for_short_travel(finished):

@@ -261,6 +261,27 @@ def test_an_update_that_ruins_the_model_is_not_saved(make_config, steps):
     assert not config.output.exists()
 
 
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_a_model_that_began_worse_than_a_guess_may_go_on(llama_dir, tmp_path, make_config, eta):
+    """With a limit that allows it; and KL alone does not ask for the text's cross-entropy."""
+    folder = shutil.copytree(llama_dir, tmp_path / "sure")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] *= 60
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    limit = 100.0 if eta == 0 else None
+    run(
+        make_config(
+            model=folder,
+            allow_short_travel=True,
+            lr=2e-4,
+            eta=eta,
+            loss_limit=limit,
+            steps=4,
+            save_steps=2,
+        )
+    )
+
+
 def test_loss_limit(make_config):
     config = make_config(allow_short_travel=True, loss_limit=1.0)
     with pytest.raises(RunError, match=r"above the limit of 1, by step 1; there is no checkpoint"):

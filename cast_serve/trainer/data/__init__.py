@@ -11,7 +11,7 @@ stream       sequence i of the run
 """
 
 from cast_serve.trainer.data.blocks import to_blocks
-from cast_serve.trainer.data.corpus import Corpus, load_corpus, read_tokens
+from cast_serve.trainer.data.corpus import Corpus, load_corpus, read_tokens, require_keys
 from cast_serve.trainer.data.hub import hub_commits
 from cast_serve.trainer.data.stream import BlockStream, collate
 
@@ -22,5 +22,6 @@ __all__ = [
     "hub_commits",
     "load_corpus",
     "read_tokens",
+    "require_keys",
     "to_blocks",
 ]

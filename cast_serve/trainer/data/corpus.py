@@ -115,7 +115,6 @@ def load_corpus(
     Raises:
         RunError: a source is missing, unreadable, of no known kind or empty; too few tokens.
     """
-    _require_keys((*sources, *eval_sources), text_key)
     reading = Reading(
         tokenizer=tokenizer, text_key=text_key or _TEXT_KEY, cache=cache, commits=commits or {}
     )
@@ -177,20 +176,23 @@ def read_tokens(
     Raises:
         RunError: as load_corpus.
     """
-    _require_keys(sources, text_key)
     reading = Reading(tokenizer=tokenizer, text_key=text_key or _TEXT_KEY, cache=cache)
     return TokenRun([_tokens(source, reading, None)[0] for source in sources])
 
 
-def _require_keys(sources: Sequence[DataSource], text_key: str | None) -> None:
-    """Refuse a key that no source has a use for."""
+def require_keys(sources: Sequence[DataSource], text_key: str | None) -> None:
+    """Refuse a key that no source has a use for.
+
+    Raises:
+        RunError: none is of the hub or a file with keys; or one is missing or of no known kind.
+    """
     if text_key in (None, _TEXT_KEY):
         return
     for source in sources:
         if source.hub or any(kind_of(file) in WITH_KEYS for file in expand(source.path)):
             return
     raise RunError(
-        f"text_key: {sources[0].place} has no keys, and no other file of data; leave it out"
+        f"text_key: {sources[0].place} has no keys, and no other file given has; leave it out"
     )
 
 

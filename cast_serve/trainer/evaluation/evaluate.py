@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import torch
 
+from cast_serve.trainer.data import require_keys
+from cast_serve.trainer.data_source import DataSource
 from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.evaluation.checkpoint import Loaded, load_checkpoint
 from cast_serve.trainer.evaluation.choices import Item, read_items, score_items
@@ -91,6 +93,8 @@ def evaluate(request: Request) -> dict[str, Any]:
     for path in request.text:
         if not path.exists():
             raise RunError(f"text: {path}: cannot be read: {os.strerror(errno.ENOENT)}")
+    if request.join == "documents":
+        require_keys([DataSource(place=str(path)) for path in request.text], request.text_key)
     items = {path: read_items(path)[: request.limit] for path in request.zero_shot}
     loaded = load_checkpoint(request.model, dtype=_dtype(request))
     device = "cuda" if takes_gpu(request.device) else "cpu"

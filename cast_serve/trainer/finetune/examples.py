@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from cast_serve.trainer.data import BlockStream, load_corpus
+from cast_serve.trainer.data import BlockStream, load_corpus, require_keys
 from cast_serve.trainer.data.blocks import held_out_rows
 from cast_serve.trainer.data.files import (
     WITH_KEYS,
@@ -114,6 +114,7 @@ def load_examples(
     """
     paths = [path for file in files for path in expand(file)]
     eval_paths = [path for file in eval_files for path in expand(file)]
+    require_keys((*_sources(files), *_sources(eval_files)), text_key)
     kind = _kind(paths[0], text_key)
     for path in (*paths, *eval_paths):
         if (other := _kind(path, text_key)) != kind:

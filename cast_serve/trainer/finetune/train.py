@@ -33,7 +33,7 @@ from cast_serve.trainer.output import require_free, require_writable
 from cast_serve.trainer.provenance import versions
 from cast_serve.trainer.schedule import Schedule, whole_steps
 from cast_serve.trainer.source import context_length
-from cast_serve.trainer.sparse_source import SparseSource, load_sparse
+from cast_serve.trainer.sparse_source import SparseSource, load_sparse, require_two_of_four
 
 
 def run(config: FinetuneConfig, console: Console) -> None:
@@ -43,6 +43,7 @@ def run(config: FinetuneConfig, console: Console) -> None:
         RunError, CheckpointError: anything a user can put right, said in one line.
     """
     require_free(config.output, source=config.model)
+    require_two_of_four(config.model)
     source = load_sparse(config.model)
     context = context_length(source.model, config.context)
     examples = load_examples(

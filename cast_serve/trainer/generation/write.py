@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from cast_serve.trainer.data import read_tokens, to_blocks
+from cast_serve.trainer.data import read_tokens, require_keys, to_blocks
 from cast_serve.trainer.data.tokens import end_of_document
 from cast_serve.trainer.data_source import DataSource
 from cast_serve.trainer.errors import RunError, first_line
@@ -116,6 +116,7 @@ def _prompts(settings: "Settings", tokenizer: PreTrainedTokenizerBase) -> Prompt
     corpus = None
     if settings.prompts:
         sources = tuple(map(DataSource.parse, settings.prompts))
+        require_keys(sources, settings.text_key)
         tokens = read_tokens(sources, tokenizer, text_key=settings.text_key)
         corpus = to_blocks(tokens, context=settings.prompt_tokens, key="prompts")
     return Prompts(

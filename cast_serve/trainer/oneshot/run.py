@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cast_serve.model_loaders.convert import convert
 from cast_serve.model_loaders.write import PROVENANCE, new_folder, write_json
 from cast_serve.trainer.config import Pattern
-from cast_serve.trainer.data import read_tokens, to_blocks
+from cast_serve.trainer.data import read_tokens, require_keys, to_blocks
 from cast_serve.trainer.data_source import DataSource
 from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.export import write_dense, write_training_form
@@ -120,6 +120,7 @@ def _calibration(
     request: Request, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Calibration:
     context = context_length(model, request.context)
+    require_keys(request.data, request.text_key)
     tokens = read_tokens(request.data, tokenizer, text_key=request.text_key)
     blocks = to_blocks(tokens, context=context, key="data")
     generator = torch.Generator().manual_seed(request.seed)
