@@ -176,4 +176,4 @@ class Client:
         ]
 
     def _failure(self, what: str) -> ServerError:
-        return ServerError(f"{what}; see {self.log}", self.log.read_text(errors="replace"))
+        return ServerError.of_log(what, self.log)

@@ -39,6 +39,11 @@ class ServerError(RuntimeError):
         super().__init__(f"{reason}; the log ends:\n{tail(log)}" if log else reason)
         self.reason = reason
 
+    @classmethod
+    def of_log(cls, what: str, log: Path) -> "ServerError":
+        """`what` went wrong with the process that has written the file `log`."""
+        return cls(f"{what}; see {log}", log.read_text(errors="replace"))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Startup:
@@ -140,7 +145,7 @@ class Server:
             return False
 
     def _failure(self, what: str) -> ServerError:
-        return ServerError(f"{what}; see {self.log}", self.log.read_text(errors="replace"))
+        return ServerError.of_log(what, self.log)
 
 
 def _peak_kib(pid: int) -> int:

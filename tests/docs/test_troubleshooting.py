@@ -23,8 +23,6 @@ PASSED_ON = {
     "bench/arguments.py: argparse.ArgumentTypeError(f'{path}: {error.strerror}')",
     "bench/result_file.py: ResultError(f'{path}: row {index}: {found}')",
     "bench/serving/breakdown.py: ServerError(f'{url}: {error}')",
-    "bench/serving/client.py: ServerError(f'{what}; see {self.log}', self.log.read_text(er",
-    "bench/serving/server.py: ServerError(f'{what}; see {self.log}', self.log.read_text(er",
     "cast_serve/cli/model.py: typer.Exit(1)",
     "cast_serve/cli/perplexity.py: CheckpointError(Path(place), reason)",
     "cast_serve/cli/perplexity.py: CheckpointError(folder, str(error))",
