@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cast_serve.server.errors import refusal
+from cast_serve.server.first_request import wait_for_first_request
 from cast_serve.server.key import path_of
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,10 @@ class Drain:
         # A client that does not read would hold its connection, and with it a server that stops,
         # also one whose engine has died.
         last_words = math.ceil((1 - SHARE) * app.state.args.shutdown_timeout)
-        app.state.server.config.timeout_graceful_shutdown = max(1, last_words)
+        config = app.state.server.config
+        config.timeout_graceful_shutdown = max(1, last_words)
+        # Before the first connection: the server listens once its lifespan has begun.
+        config.http_protocol_class = wait_for_first_request(config.http_protocol_class)
         # In the place of vLLM's handler, which stops the engine or leaves it.
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._stop, app)

@@ -148,6 +148,26 @@ def test_idle_server_ends_at_once():
     assert run(scenario) == []
 
 
+@pytest.mark.parametrize("asks", [True, False])
+def test_connection_that_is_younger_than_its_request(asks):
+    """Opened before the server closes, it is answered after; silent, it holds nothing."""
+
+    async def scenario(client: httpx.AsyncClient, server: Server) -> None:
+        port = client.base_url.port
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        await terminate()
+        while server.servers[0].is_serving():
+            await asyncio.sleep(0.01)
+        if asks:
+            writer.write(b"GET /slow HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        answer = await asyncio.wait_for(reader.read(), 5)
+        assert (b" 503 " in answer.splitlines()[0]) if asks else answer == b""
+        writer.close()
+        await asyncio.wait_for(server.serving, 5)
+
+    assert run(scenario) == []
+
+
 def test_what_does_not_end_in_time_is_told(caplog, capfd):
     """To its client, and in one line of the log."""
 
