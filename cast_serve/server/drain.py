@@ -67,8 +67,8 @@ class Drain:
             return
         self._is_armed = True
         # A client that does not read would hold its connection, and with it a server that stops,
-        # also one whose engine has died.
-        last_words = math.ceil((1 - SHARE) * app.state.args.shutdown_timeout)
+        # also one whose engine has died. Half of the rest: with all of it vLLM would kill first.
+        last_words = math.ceil((1 - SHARE) / 2 * app.state.args.shutdown_timeout)
         config = app.state.server.config
         config.timeout_graceful_shutdown = max(1, last_words)
         # Before the first connection: the server listens once its lifespan has begun.

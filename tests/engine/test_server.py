@@ -127,31 +127,44 @@ def test_sigterm_drains_several_api_servers(packed, tmp_path):
     server = Server(packed, tmp_path / "log", *flags)
     server.wait_ready()
     begun = threading.Barrier(9)
-    ends: list[str] = []
+    refused = threading.Event()
+    ends: list[list[str]] = []
+
+    # Unread, a stream is in flight however early the engine is done with it, if it is more than
+    # sockets hold: 4 MiB on the server's side. Every event has the id of its request.
+    asked = {"model": "tiny", "prompt": "it was", "max_tokens": 200, "ignore_eos": True}
+    headers = {"X-Request-Id": "x" * 2**15}
+    little = [(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**18)]
 
     def read() -> None:
-        # Sixteen answers each: enough to do for the engine until another client has come.
-        options = {"prompt": "it was", "n": 16, "max_tokens": 200, "stream": True}
-        stream = server.client().completions.create(
-            model="tiny", **options, extra_body={"ignore_eos": True}
-        )
-        first = next(stream)
-        begun.wait(timeout=120)
-        said = [chunk.choices[0].finish_reason for chunk in [first, *stream]]
-        ends.extend(reason for reason in said if reason)
+        transport = httpx.HTTPTransport(socket_options=little)
+        with (
+            httpx.Client(transport=transport, base_url=server.url, timeout=120) as client,
+            client.stream(
+                "POST", "/v1/completions", json={**asked, "stream": True}, headers=headers
+            ) as answer,
+        ):
+            lines = answer.iter_lines()
+            first = next(lines)
+            begun.wait(timeout=120)
+            refused.wait(timeout=120)
+            *_, last, done = filter(None, [first, *lines])
+            reason = json.loads(last.removeprefix("data: "))["choices"][0]["finish_reason"]
+            ends.append([reason, done])
 
     readers = [threading.Thread(target=read) for _ in range(8)]
     for reader in readers:
         reader.start()
     begun.wait(timeout=120)
     server.process.send_signal(signal.SIGTERM)
-    server.wait_for("(?s)requests in flight get.*requests in flight get")
+    server.wait_for(r"(?s)[1-9] requests in flight get.*[1-9] requests in flight get")
     late = httpx.get(f"{server.url}/v1/models", timeout=30)
     assert (late.status_code, late.json()["error"]["code"]) == (503, 503)
+    refused.set()
     assert server.process.wait(timeout=90) == 0
     for reader in readers:
         reader.join(timeout=60)
-    assert ends == ["length"] * 128
+    assert ends == [["length", "data: [DONE]"]] * 8
     assert "Traceback" not in server.log.read_text()
 
 
