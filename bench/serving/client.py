@@ -123,7 +123,7 @@ class Client:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        end(self.process, seconds=5)
+        end(self.process, patience=5)
 
     def measure(self, url: str, workload: Workload, *, repeat: int) -> Measurement:
         """Run `workload` once against the server at `url`.

@@ -30,8 +30,8 @@ def start(command: Sequence[str], **streams: Any) -> subprocess.Popen:
     )
 
 
-def end(process: subprocess.Popen, seconds: float = STOP_SECONDS) -> None:
-    """SIGTERM, and after `seconds` SIGKILL; returns when its whole family is gone.
+def end(process: subprocess.Popen, patience: float = STOP_SECONDS) -> None:
+    """SIGTERM, and after `patience` seconds SIGKILL; returns when its whole family is gone.
 
     Only then is a GPU's memory free for the next engine. Not by process group alone: the server
     that cast-serve starts has one of its own.
@@ -40,10 +40,10 @@ def end(process: subprocess.Popen, seconds: float = STOP_SECONDS) -> None:
     family = family_of(process.pid)
     process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(seconds)
+        process.wait(patience)
     left_running(family, 5)
     kill_family(process.pid, family)
-    left_running(family, seconds)
+    left_running(family, STOP_SECONDS)
     process.wait()
 
 

@@ -15,11 +15,13 @@ from typing import Self
 
 import psutil
 
-from cast_serve.bench.serving.process import end, start, tail
+from cast_serve.bench.serving.process import STOP_SECONDS, end, start, tail
 
 # Loading, compiling and capturing graphs takes 40-90 s on an H100.
 START_SECONDS = 300
 POLL_SECONDS = 0.5
+# One that does not serve yet drains nothing, and stock vLLM hears no SIGTERM for most of its start.
+ABANDON_SECONDS = 5
 
 # Reading alone; the only line where the runner is a CPU's.
 _READING = re.compile(r"Loading weights took ([\d.]+) seconds")
@@ -94,6 +96,7 @@ class Server:
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
         self.started = time.monotonic()
+        self._serves = False
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as output:
             self.process = start(
@@ -111,7 +114,7 @@ class Server:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        end(self.process)
+        end(self.process, STOP_SECONDS if self._serves else ABANDON_SECONDS)
 
     def wait(self, seconds: float = START_SECONDS) -> None:
         """Return once it serves.
@@ -125,6 +128,7 @@ class Server:
             if time.monotonic() - self.started > seconds:
                 raise self._failure(f"the server was not up after {seconds:.0f} s")
             time.sleep(POLL_SECONDS)
+        self._serves = True
         self.start_s = time.monotonic() - self.started
         self.startup = Startup.of(self.log.read_text(errors="replace"))
 

@@ -1,5 +1,6 @@
 """Servers as processes: what their logs say, and that none is left behind."""
 
+import contextlib
 import subprocess
 import sys
 import time
@@ -84,6 +85,21 @@ def test_server_that_hangs(tmp_path: Path) -> None:
     assert server.process.poll() is not None
 
 
+def test_server_that_starts_is_not_waited_for(tmp_path: Path) -> None:
+    """On Ctrl-C: stock vLLM does not listen to SIGTERM for most of its start."""
+    program = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+        "print('deaf'); time.sleep(60)"
+    )
+    log = tmp_path / "log"
+    with contextlib.suppress(KeyboardInterrupt), Server(["-c", program], log):
+        while "deaf" not in log.read_text():
+            time.sleep(0.05)
+        begin = time.monotonic()
+        raise KeyboardInterrupt
+    assert time.monotonic() - begin < 30
+
+
 def test_end_kills_the_whole_family(tmp_path: Path) -> None:
     """A server that ignores SIGTERM, and a worker of it in a session of its own."""
     program = (
@@ -99,6 +115,6 @@ def test_end_kills_the_whole_family(tmp_path: Path) -> None:
     while not written.exists() or not written.read_text().endswith("."):
         time.sleep(0.05)
     worker = psutil.Process(int(written.read_text().rstrip(".")))
-    end(process, seconds=1)
+    end(process, patience=1)
     assert process.poll() is not None
     assert left_running([worker], seconds=0) == []
