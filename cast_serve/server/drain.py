@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cast_serve.server.errors import refusal
 from cast_serve.server.first_request import wait_for_first_request
 from cast_serve.server.key import path_of
+from cast_serve.server.shutdown import quiet_broken_off
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ class Drain:
             )
             return
         self._is_armed = True
+        quiet_broken_off()
         # A client that does not read would hold its connection, and with it a server that stops,
         # also one whose engine has died. Half of the rest: with all of it vLLM would kill first.
         last_words = math.ceil((1 - SHARE) / 2 * app.state.args.shutdown_timeout)

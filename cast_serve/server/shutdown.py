@@ -1,10 +1,12 @@
-"""What the log says when the engine ends."""
+"""What the log says when the engine ends, and when the server does."""
 
+import asyncio
 import logging
 
 from vllm.v1.engine.exceptions import EngineDeadError
 
 FRONT_END = "vllm.v1.engine.async_llm"
+HTTP_SERVER = "uvicorn.error"
 
 
 class EngineExitIsNoFailure(logging.Filter):
@@ -28,3 +30,18 @@ def quiet_engine_exit() -> None:
     On its logger and not on the handlers of "vllm": those are replaced when vLLM configures logs.
     """
     logging.getLogger(FRONT_END).addFilter(EngineExitIsNoFailure())
+
+
+class BrokenOffIsNoFailure(logging.Filter):
+    """Leaves out uvicorn's tracebacks of the requests that it cancels as it stops.
+
+    One each, of clients that do not read. Its line before them says how many they are.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
+
+
+def quiet_broken_off() -> None:
+    """Put the filter on uvicorn's logger, in each process that serves."""
+    logging.getLogger(HTTP_SERVER).addFilter(BrokenOffIsNoFailure())

@@ -187,7 +187,7 @@ def test_what_does_not_end_in_time_is_told(caplog, capfd):
 
 
 @pytest.mark.parametrize("engine_died", [False, True])
-def test_client_that_does_not_read_holds_nothing(engine_died):
+def test_client_that_does_not_read_holds_nothing(engine_died, capfd):
     async def scenario(client: httpx.AsyncClient, server: Server) -> None:
         async with client.stream("GET", "/flood"):
             if engine_died:
@@ -197,6 +197,9 @@ def test_client_that_does_not_read_holds_nothing(engine_died):
             await asyncio.wait_for(server.serving, 10)
 
     assert run(scenario, timeout=0.2) == []
+    said = capfd.readouterr().err
+    assert "Cancel 1 running task(s), timeout graceful shutdown exceeded" in said
+    assert "Traceback" not in said
 
 
 def test_vllm_that_does_not_show_its_server(caplog):
