@@ -123,9 +123,11 @@ def write_text(tokenizer, tmp_path, monkeypatch):
         vllm = SimpleNamespace(SamplingParams=lambda **_: None)
         monkeypatch.setitem(sys.modules, "vllm", vllm)
         monkeypatch.setattr(write, "_start", lambda *_: engine)
-        monkeypatch.setattr(write, "_tokenizer", lambda _: tokenizer)
-        output = tmp_path / "a.jsonl"
-        _, counted = write.write(output, settings_of("--least-tokens", 4), 9, [], batch=1)
+        model, output = tmp_path / "model", tmp_path / "a.jsonl"
+        tokenizer.save_pretrained(model)
+        (model / "config.json").write_text("{}")
+        settings = settings_of("--model", model, "--least-tokens", 4)
+        _, counted = write.write(output, settings, 9, [], batch=1)
         return [json.loads(line) for line in output.read_text().splitlines()], counted
 
     return run
@@ -220,6 +222,19 @@ def test_refused(flags, message, tmp_path):
     given = ["--model", str(tmp_path), "--output", str(tmp_path / "a.jsonl"), "--tokens", "9"]
     with pytest.raises(RunError, match=message):
         generate.main([*given, *flags])
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [((), "model: .* holds no config.json"), (("config.json",), "model: .* holds no tokenizer")],
+)
+def test_a_folder_that_is_no_model(files, message, tmp_path):
+    for name in files:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(RunError, match=message):
+        generate.main(
+            ["--model", str(tmp_path), "--output", str(tmp_path / "a.jsonl"), "--tokens=9"]
+        )
 
 
 def test_a_number_of_tokens_that_cannot_be_is_one_line(tmp_path, capsys):

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from cast_serve.trainer.data import read_tokens, require_keys, to_blocks
 from cast_serve.trainer.data.tokens import end_of_document
 from cast_serve.trainer.data_source import DataSource
-from cast_serve.trainer.errors import RunError, first_line
+from cast_serve.trainer.errors import RunError
 from cast_serve.trainer.generation.characters import Decode, without_part
 from cast_serve.trainer.generation.distinct import Distinct, Verdict
 from cast_serve.trainer.generation.prompts import Prompts, begin_token
 from cast_serve.trainer.output import output_errors
-from cast_serve.trainer.source import LOADING_ERRORS
+from cast_serve.trainer.source import load_tokenizer, read_config
 
 if TYPE_CHECKING:
     from cast_serve.trainer.generation.main import Settings
@@ -38,7 +38,10 @@ def write(
         RunError: the model cannot be loaded, the file is damaged or cannot be written, or hardly
             any text is kept.
     """
-    tokenizer = _tokenizer(settings.model)
+    model = Path(settings.model)
+    # First: a folder that is no model has no tokenizer either.
+    read_config(model)
+    tokenizer = load_tokenizer(model)
     distinct = Distinct(least=settings.least_tokens)
     written, request = _recall(output, tokenizer, distinct)
     counts: Counter[str] = Counter()
@@ -71,18 +74,6 @@ def write(
                 )
     llm.llm_engine.engine_core.shutdown()
     return counts, written
-
-
-def _tokenizer(model: str) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            model, local_files_only=True
-        )
-    except LOADING_ERRORS as error:
-        raise RunError(
-            f"model: cannot load the tokenizer of {model}: {first_line(error)}"
-        ) from error
-    return tokenizer
 
 
 def _recall(
